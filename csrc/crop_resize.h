@@ -1,0 +1,60 @@
+// crop_resize: many boxes of many pictures -> one normalised NCHW batch, in one call.
+//
+// Boxes are xyxy, float, half-open, in pixels of the *upright* picture (rotation applied), and may leave it.
+// Output is (boxes, 3, out_h, out_w) RGB, contiguous, float32 or float16:
+//   out = (rgb / 255 - mean) / std.
+// The CPU version is the specification of the CUDA version: same header (resample.h), same grid, same filter.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "image.h"
+#include "resample.h"
+
+namespace dfengine {
+
+enum class Padding {
+  kEdge,  // outside the picture, its nearest pixel
+  kZero,  // outside the picture, black (before mean and std)
+};
+
+struct CropResizeOptions {
+  std::int32_t out_h = 0;
+  std::int32_t out_w = 0;
+  Filter filter = Filter::kTriangle;
+  Padding padding = Padding::kEdge;
+  float mean[3] = {0.f, 0.f, 0.f};  // on RGB in 0..1
+  float std[3] = {1.f, 1.f, 1.f};
+  bool half = false;  // float16 output
+};
+
+struct CropBox {
+  float x1, y1, x2, y2;
+  std::int32_t image;  // index into `images`
+};
+
+// A caller's mistake; becomes ValueError in Python.
+struct InvalidArgument : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+#define DF_CHECK(condition, message)                              \
+  do {                                                            \
+    if (!(condition)) throw ::dfengine::InvalidArgument(message); \
+  } while (false)
+
+// Throws InvalidArgument. Called by every device's entry point.
+void check_crop_resize(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
+                       const CropResizeOptions& options);
+
+Normalization make_normalization(const CropResizeOptions& options);
+
+// `out` holds boxes.size() * 3 * out_h * out_w elements, float or std::uint16_t (binary16) as `options.half`
+// says. Work is shared by `threads` threads, the caller's among them; the result does not depend on them.
+void crop_resize_cpu(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
+                     const CropResizeOptions& options, int threads, void* out);
+
+}  // namespace dfengine

@@ -1,0 +1,286 @@
+// The CPU loop of crop_resize.
+//
+// One work item is a band of output rows of one crop. Per output row: the source rows under its taps are
+// summed into one float row per component (vertical pass, contiguous, vectorised), which is then sampled at
+// the output columns (horizontal pass), converted to RGB, normalised and stored. A turned picture is
+// read in coded order and its pixels are stored turned, so that source rows stay contiguous.
+
+#include <algorithm>
+#include <cstring>
+
+#include "crop_resize.h"
+#include "parallel.h"
+
+// One binary for all x86-64 machines: the two inner loops exist twice, the loader picks. Elsewhere, once.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define DF_MULTIVERSION __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define DF_MULTIVERSION
+#endif
+
+namespace dfengine {
+
+// dst[x] += sum over `rows` of weight[k] * row_k[x], contiguous samples.
+template <typename Sample>
+inline void add_rows_impl(const std::uint8_t* src, std::int64_t row_bytes, const float* weights, std::int32_t rows,
+                          std::int32_t width, float* __restrict dst) {
+  const auto row = [&](std::int32_t k) { return reinterpret_cast<const Sample*>(src + k * row_bytes); };
+  std::int32_t k = 0;
+  for (; k + 4 <= rows; k += 4) {
+    const Sample *a = row(k), *b = row(k + 1), *c = row(k + 2), *d = row(k + 3);
+    const float wa = weights[k], wb = weights[k + 1], wc = weights[k + 2], wd = weights[k + 3];
+    for (std::int32_t x = 0; x < width; ++x) {
+      dst[x] += wa * static_cast<float>(a[x]) + wb * static_cast<float>(b[x]) + wc * static_cast<float>(c[x]) +
+                wd * static_cast<float>(d[x]);
+    }
+  }
+  for (; k < rows; ++k) {
+    const Sample* a = row(k);
+    const float wa = weights[k];
+    for (std::int32_t x = 0; x < width; ++x) dst[x] += wa * static_cast<float>(a[x]);
+  }
+}
+
+DF_MULTIVERSION void add_rows_u8(const std::uint8_t* src, std::int64_t row_bytes, const float* weights,
+                                 std::int32_t rows, std::int32_t width, float* __restrict dst) {
+  add_rows_impl<std::uint8_t>(src, row_bytes, weights, rows, width, dst);
+}
+
+DF_MULTIVERSION void add_rows_u16(const std::uint8_t* src, std::int64_t row_bytes, const float* weights,
+                                  std::int32_t rows, std::int32_t width, float* __restrict dst) {
+  add_rows_impl<std::uint16_t>(src, row_bytes, weights, rows, width, dst);
+}
+
+// dst[i] = sum over k of weights[k * out + i] * src[first[i] + k]
+DF_MULTIVERSION void sample_columns(const float* __restrict src, const std::int32_t* __restrict first,
+                                    const float* __restrict weights, std::int32_t taps, std::int32_t out,
+                                    float* __restrict dst) {
+  for (std::int32_t i = 0; i < out; ++i) dst[i] = weights[i] * src[first[i]];
+  for (std::int32_t k = 1; k < taps; ++k) {
+    const float* w = weights + static_cast<std::int64_t>(k) * out;
+    const float* s = src + k;
+    for (std::int32_t i = 0; i < out; ++i) dst[i] += w[i] * s[first[i]];
+  }
+}
+
+// finish_pixel over a row. `sample` and `rgb` are (3, out); `coverage` is by component.
+DF_MULTIVERSION void finish_row(const ColorMatrix& color_in, const Normalization& norm_in,
+                                const float* __restrict sample, const float* const coverage[3],
+                                const float row_coverage[3], std::int32_t out, float* __restrict rgb) {
+  const ColorMatrix color = color_in;  // local copies: nothing the loop writes can alias them
+  const Normalization norm = norm_in;
+  const float *c0 = coverage[0], *c1 = coverage[1], *c2 = coverage[2];
+  const float r0 = row_coverage[0], r1 = row_coverage[1], r2 = row_coverage[2];
+  for (std::int32_t i = 0; i < out; ++i) {
+    const float s[3] = {sample[i], sample[out + i], sample[2 * out + i]};
+    const float c[3] = {c0[i] * r0, c1[i] * r1, c2[i] * r2};
+    float pixel[3];
+    finish_pixel(color, norm, s, c, pixel);
+    rgb[i] = pixel[0];
+    rgb[out + i] = pixel[1];
+    rgb[2 * out + i] = pixel[2];
+  }
+}
+
+namespace {
+
+// The taps of every output pixel along one axis of one component, all inside the picture.
+struct AxisTable {
+  std::int32_t out = 0;
+  std::int32_t taps = 0;  // the most any output pixel has; the rest are padded with weight 0
+  std::vector<std::int32_t> first;  // (out), relative to `window_begin`
+  std::vector<std::int32_t> count;  // (out)
+  std::vector<float> weights;  // (taps, out)
+  std::vector<float> coverage;  // (out), the weight that lay inside the picture
+  std::int32_t window_begin = 0;  // samples [window_begin, window_end) are read
+  std::int32_t window_end = 0;
+};
+
+// Weight that falls outside [0, size) goes to the nearest sample (kEdge) or is dropped (kZero). Fills `table`
+// in place: crops come by the thousand (detector proposals), and its buffers keep their memory.
+void fill_axis_table(Filter filter, Padding padding, const Axis& axis, std::int32_t size, std::int32_t begin,
+                     std::int32_t end, AxisTable& table) {
+  const std::int32_t out = end - begin;
+  table.out = out;
+  table.first.resize(out);
+  table.count.resize(out);
+  table.taps = 0;
+  table.window_begin = size;
+  table.window_end = 0;
+  for (std::int32_t i = 0; i < out; ++i) {
+    const TapRange range = tap_range(filter, axis, begin + i);
+    const std::int32_t lo = std::clamp(range.first, 0, size - 1);
+    const std::int32_t hi = std::clamp(range.first + range.count - 1, 0, size - 1);
+    table.first[i] = lo;
+    table.count[i] = hi - lo + 1;
+    table.taps = std::max(table.taps, table.count[i]);
+    table.window_begin = std::min(table.window_begin, lo);
+    table.window_end = std::max(table.window_end, hi + 1);
+  }
+  table.weights.assign(static_cast<std::size_t>(table.taps) * out, 0.f);
+  table.coverage.resize(out);
+  for (std::int32_t i = 0; i < out; ++i) {
+    const TapRange range = tap_range(filter, axis, begin + i);
+    const std::int32_t lo = table.first[i];
+    float total = 0.f, inside = 0.f;
+    for (std::int32_t k = 0; k < range.count; ++k) {
+      const std::int32_t x = range.first + k;
+      const float w = tap_weight(filter, axis, begin + i, x);
+      total += w;
+      if (padding == Padding::kZero && (x < 0 || x >= size)) continue;
+      inside += w;
+      table.weights[static_cast<std::size_t>(std::clamp(x, 0, size - 1) - lo) * out + i] += w;
+    }
+    const float norm = 1.f / total;
+    for (std::int32_t k = 0; k < table.count[i]; ++k) table.weights[static_cast<std::size_t>(k) * out + i] *= norm;
+    table.coverage[i] = inside * norm;
+    table.first[i] = lo - table.window_begin;
+  }
+}
+
+// A crop in coded orientation, and where its pixels go in the upright output.
+struct CodedCrop {
+  Axis x, y;  // `subsample` is filled in per component
+  std::int64_t base, per_row, per_column;  // output index = base + row * per_row + column * per_column
+};
+
+// Clockwise quarter turns carry a coded point (x, y) of a w x h picture to
+// (x, y), (h - y, x), (w - x, h - y), (y, w - x).
+CodedCrop make_coded_crop(const Image& image, const CropBox& box, std::int32_t out_h, std::int32_t out_w) {
+  const auto w = static_cast<float>(image.width), h = static_cast<float>(image.height);
+  const float width = box.x2 - box.x1, height = box.y2 - box.y1;
+  const std::int64_t rows = out_h, columns = out_w;
+  switch (image.quarter_turns) {
+    case 1:
+      return {{box.y1, height, out_h}, {h - box.x2, width, out_w}, columns - 1, -1, columns};
+    case 2:
+      return {{w - box.x2, width, out_w}, {h - box.y2, height, out_h}, rows * columns - 1, -columns, -1};
+    case 3:
+      return {{w - box.y2, height, out_h}, {box.x1, width, out_w}, (rows - 1) * columns, 1, -columns};
+    default:
+      return {{box.x1, width, out_w}, {box.y1, height, out_h}, 0, columns, 1};
+  }
+}
+
+// Adds `rows` weighted rows of the window to `dst`.
+void add_rows(const Image& image, const Plane& plane, std::int32_t x, std::int32_t y, const float* weights,
+              std::int32_t rows, std::int32_t width, std::vector<std::uint8_t>& gathered, float* dst) {
+  const std::uint8_t* src = plane.data + y * plane.row_bytes + static_cast<std::int64_t>(x) * plane.step_bytes;
+  const auto add = image.sample_bytes == 1 ? add_rows_u8 : add_rows_u16;
+  if (plane.step_bytes == image.sample_bytes) {
+    add(src, plane.row_bytes, weights, rows, width, dst);
+    return;
+  }
+  gathered.resize(static_cast<std::size_t>(width) * image.sample_bytes);  // interleaved: gather a row, then add it
+  for (std::int32_t k = 0; k < rows; ++k) {
+    const std::uint8_t* from = src + k * plane.row_bytes;
+    for (std::int32_t i = 0; i < width; ++i) {
+      std::memcpy(gathered.data() + static_cast<std::size_t>(i) * image.sample_bytes,
+                  from + static_cast<std::int64_t>(i) * plane.step_bytes, image.sample_bytes);
+    }
+    add(gathered.data(), 0, weights + k, 1, width, dst);
+  }
+}
+
+template <typename Out>
+Out store(float value);
+template <>
+float store<float>(float value) {
+  return value;
+}
+template <>
+std::uint16_t store<std::uint16_t>(float value) {
+  return to_float16(value);
+}
+
+// Buffers of one thread.
+struct Workspace {
+  AxisTable horizontal[3], vertical[3];
+  std::vector<float> row_weights;  // of the source rows under one output row
+  std::vector<float> summed;  // one component's rows, summed
+  std::vector<float> sampled, rgb;  // (3, columns)
+  std::vector<float> none;  // (columns), zeros: coverage of a component that is not there
+  std::vector<std::uint8_t> gathered;  // a row of interleaved samples, made contiguous
+};
+
+// Coded output rows [row_begin, row_end) of one crop.
+template <typename Out>
+void crop_band(const Image& image, const CropBox& box, const CropResizeOptions& options, const Normalization& norm,
+               std::int32_t row_begin, std::int32_t row_end, Out* out) {
+  const CodedCrop crop = make_coded_crop(image, box, options.out_h, options.out_w);
+  const std::int32_t columns = crop.x.out;
+  const std::int64_t channel = static_cast<std::int64_t>(options.out_h) * options.out_w;
+
+  thread_local Workspace ws;
+  for (int j = 0; j < image.components; ++j) {
+    Axis x = crop.x, y = crop.y;
+    x.subsample = j == 0 ? 1 : image.subsample_x;
+    y.subsample = j == 0 ? 1 : image.subsample_y;
+    const Plane& plane = image.planes[j];
+    fill_axis_table(options.filter, options.padding, x, plane.width, 0, columns, ws.horizontal[j]);
+    fill_axis_table(options.filter, options.padding, y, plane.height, row_begin, row_end, ws.vertical[j]);
+  }
+  ws.sampled.assign(3 * static_cast<std::size_t>(columns), 0.f);
+  ws.rgb.resize(ws.sampled.size());
+  ws.none.assign(columns, 0.f);
+
+  for (std::int32_t row = row_begin; row < row_end; ++row) {
+    const float* coverage[3] = {ws.none.data(), ws.none.data(), ws.none.data()};
+    float row_coverage[3] = {0.f, 0.f, 0.f};
+    for (int j = 0; j < image.components; ++j) {
+      const AxisTable& h = ws.horizontal[j];
+      const AxisTable& v = ws.vertical[j];
+      const std::int32_t i = row - row_begin;
+      ws.row_weights.resize(v.count[i]);
+      for (std::int32_t k = 0; k < v.count[i]; ++k)
+        ws.row_weights[k] = v.weights[static_cast<std::size_t>(k) * v.out + i];
+      const std::int32_t window = h.window_end - h.window_begin;
+      ws.summed.assign(static_cast<std::size_t>(window) + h.taps, 0.f);  // padded taps read past the window, times 0
+      add_rows(image, image.planes[j], h.window_begin, v.window_begin + v.first[i], ws.row_weights.data(), v.count[i],
+               window, ws.gathered, ws.summed.data());
+      sample_columns(ws.summed.data(), h.first.data(), h.weights.data(), h.taps, columns,
+                     ws.sampled.data() + static_cast<std::size_t>(j) * columns);
+      coverage[j] = h.coverage.data();
+      row_coverage[j] = v.coverage[i];
+    }
+    finish_row(image.color, norm, ws.sampled.data(), coverage, row_coverage, columns, ws.rgb.data());
+    Out* dst = out + crop.base + row * crop.per_row;
+    for (int c = 0; c < 3; ++c, dst += channel) {
+      const float* src = ws.rgb.data() + static_cast<std::size_t>(c) * columns;
+      for (std::int32_t x = 0; x < columns; ++x) dst[x * crop.per_column] = store<Out>(src[x]);
+    }
+  }
+}
+
+template <typename Out>
+void run(const std::vector<Image>& images, const std::vector<CropBox>& boxes, const CropResizeOptions& options,
+         int threads, Out* out) {
+  const Normalization norm = make_normalization(options);
+  const std::int64_t crop_size = 3ll * options.out_h * options.out_w;
+  const auto n = static_cast<std::int64_t>(boxes.size());
+  // Few crops are split into bands, so that one large picture (a pyramid level) uses all threads too.
+  const std::int64_t bands = threads > 1 && n > 0 ? std::max<std::int64_t>(1, (2 * threads + n - 1) / n) : 1;
+  parallel_for(n * bands, threads, [&](std::int64_t item) {
+    const CropBox& box = boxes[item / bands];
+    const Image& image = images[box.image];
+    const std::int64_t rows = image.turned() ? options.out_w : options.out_h;
+    const std::int64_t band = item % bands;
+    crop_band<Out>(image, box, options, norm, static_cast<std::int32_t>(rows * band / bands),
+                   static_cast<std::int32_t>(rows * (band + 1) / bands), out + (item / bands) * crop_size);
+  });
+}
+
+}  // namespace
+
+void crop_resize_cpu(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
+                     const CropResizeOptions& options, int threads, void* out) {
+  check_crop_resize(images, boxes, options);
+  DF_CHECK(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
+  if (options.half) {
+    run(images, boxes, options, threads, static_cast<std::uint16_t*>(out));
+  } else {
+    run(images, boxes, options, threads, static_cast<float*>(out));
+  }
+}
+
+}  // namespace dfengine

@@ -1,0 +1,23 @@
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfengine.types import Image
+
+compiler: str
+
+def crop_resize(
+    images: Sequence[Image],
+    boxes: NDArray[np.float32],
+    image_index: NDArray[np.int32],
+    *,
+    out_hw: tuple[int, int],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    resize: str = "triangle",
+    padding: str = "edge",
+    dtype: Literal["float32", "float16"] = "float32",
+    threads: int = 1,
+) -> NDArray[np.floating]: ...
