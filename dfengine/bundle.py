@@ -1,0 +1,287 @@
+"""A bundle: weights bound to everything that is needed to score with them.
+
+A folder with ``bundle.json`` and one ONNX file per network. Preprocessing, sampling, tracking, aggregation and
+calibration come from it, so that none of them can be forgotten or guessed. Loading executes no code: JSON and ONNX
+only, hashes verified, paths confined to the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from dfengine.errors import BundleError, BundleNotFound
+from dfengine.types import PathLikeStr
+
+SCHEMA_VERSION = 1
+PACKAGED = Path(__file__).parent / "bundles"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSettings:
+    """Settings of the MTCNN cascade. Defaults are facenet-pytorch's unless a reason is given."""
+
+    nets: str = "mtcnn"  # a packaged bundle with members pnet, rnet, onet
+    # Smallest face that is looked for, as a share of the frame's shorter side. 0.05 is 54 px in 1080p and 24 px in
+    # 480p: below that a crop holds fewer pixels than any member's input has, and P-Net's cost grows with 1 / size^2.
+    min_face_ratio: float = 0.05
+    thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)
+    pyramid_factor: float = 0.709
+    # A frame whose brightest pixels (99th percentile of luma, 0..255) stay below this gets a second try, brightened.
+    # 150 is the limit of github.com/zengm71/DeepFakeChallenge, which names dark frames as its main misses.
+    dark_below: float = 150.0
+    # Noise is amplified too: beyond this the second try finds texture, not faces.
+    max_gain: float = 6.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSettings:
+    """When faces are one person, and which persons count. See dfengine.track for how they are used."""
+
+    # A face that moved by half its width overlaps with itself at .33, one that grew by 1.7 at .34.
+    min_iou: float = 0.3
+    # A person ends after having been gone for longer than both. DFDC clips last 10 s and the detector's blinks stay
+    # far below 2 s; the count is for sparse sampling, where a single frame may span more than that.
+    max_gap_seconds: float = 2.0
+    max_gap_frames: int = 2
+    # Share of the sampled frames a person must be detected in. False faces are brief: the 3rd place of the DFDC
+    # (NTech-Lab) asks for 7 of about 50 boxes (14 %), the 5th for a run of 30 of 300 frames (10 %).
+    min_detected_ratio: float = 0.15
+    # Median confidence of a person. Hands, T-shirts and paintings pass MTCNN's own .7 now and then; teams of the DFDC
+    # (seed system 003) went to .9 for every single face. The median over time keeps faces that blur for a moment.
+    min_confidence: float = 0.9
+    # Side of a person's face against the largest face. SelfBlendedImages scores faces of at least half the largest
+    # *area* (.71 of the side); people who sit at different depths need more room.
+    min_relative_side: float = 0.35
+    # Prints and paintings before a fixed camera: movement of the landmarks in the frame, in box sides (root mean
+    # square). Measured with this detector: 24 photographs under camera noise, re-encoded at CRF 26, at most .0053; the
+    # stillest of the people in 16 test clips .0198.
+    min_motion: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregation:
+    """frames -> track (per member), members -> track, tracks -> video; constants are fitted, not chosen."""
+
+    frames: Literal["mean", "logit_mean", "median"] = "logit_mean"
+    members: Literal["mean", "geometric_mean", "logit_mean"] = "logit_mean"
+    tracks: Literal["max", "mean", "largest"] = "max"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """p_fake = sigmoid(logit / temperature + bias), on the blended logit of each track."""
+
+    temperature: float = 1.0
+    bias: float = 0.0
+    fitted_on: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One network and its preprocessing contract."""
+
+    name: str
+    file: str
+    sha256: str
+    kind: Literal["frame", "detector"] = "frame"
+    input_hw: tuple[int, int] = (0, 0)
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # on RGB in 0..1
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    margin_ratio: float = 0.0  # the crop is the face box grown by this share of its size, in total
+    crop_shape: Literal["square", "box"] = "square"
+    resize: Literal["triangle", "area", "bilinear"] = "triangle"
+    padding: Literal["edge", "zero"] = "edge"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """Everything needed to score a video, except the video. Load one with ``Bundle.load``."""
+
+    schema_version: int
+    name: str
+    licence: str
+    members: tuple[ModelSpec, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    experimental: bool = False
+    sampling: str = "uniform:17"
+    sampling_mode: Literal["reference", "exact"] = "reference"
+    detector: DetectorSettings = DetectorSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    aggregation: Aggregation = Aggregation()
+    calibration: Calibration = Calibration()
+    folder: Path = field(default=Path(), metadata={"json": False})
+
+    @classmethod
+    def load(cls, bundle: PathLikeStr | Bundle) -> Bundle:
+        """Loads a packaged bundle by name, or any by its folder.
+
+        Raises BundleNotFound, or BundleError for a damaged, tampered or newer bundle.
+        """
+        if isinstance(bundle, Bundle):
+            return bundle
+        folder = _find(bundle)
+        try:
+            data = json.loads((folder / "bundle.json").read_bytes())
+        except FileNotFoundError:
+            raise BundleNotFound("there is no bundle.json in this folder", path=folder, stage="bundle") from None
+        except (ValueError, OSError) as error:
+            raise BundleError(f"bundle.json cannot be read ({error})", path=folder, stage="bundle") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if not isinstance(version, int):
+            raise BundleError("bundle.json states no schema_version; this is no bundle", path=folder, stage="bundle")
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"the bundle has schema_version {version}, this dfengine reads up to {SCHEMA_VERSION}; update dfengine",
+                path=folder,
+                stage="bundle",
+            )
+        try:
+            loaded = _build(cls, data | {"folder": folder}, "")
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"bundle.json: {error}", path=folder, stage="bundle") from None
+        loaded._check()
+        return loaded
+
+    def onnx_bytes(self, member: ModelSpec) -> bytes:
+        """The member's ONNX file, verified. Raises BundleError."""
+        path = (self.folder / member.file).resolve()
+        if not path.is_relative_to(self.folder.resolve()) or Path(member.file).is_absolute():
+            raise BundleError(
+                f"member {member.name!r} names the file {member.file!r}, which is outside the bundle",
+                path=self.folder,
+                stage="bundle",
+            )
+        try:
+            data = path.read_bytes()
+        except OSError:
+            raise BundleError(
+                f"member {member.name!r}: its file {member.file!r} is missing or cannot be read; copy the whole folder",
+                path=self.folder,
+                stage="bundle",
+            ) from None
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != member.sha256:
+            raise BundleError(
+                f"member {member.name!r}: {member.file!r} has sha256 {digest[:12]}..., bundle.json states "
+                f"{member.sha256[:12]}...; the file was changed or damaged, fetch the bundle again",
+                path=self.folder,
+                stage="bundle",
+            )
+        return data
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over bundle.json and so, through the hashes in it, over the weights."""
+        return hashlib.sha256((self.folder / "bundle.json").read_bytes()).hexdigest()
+
+    def member(self, name: str) -> ModelSpec:
+        for member in self.members:
+            if member.name == name:
+                return member
+        raise BundleError(f"there is no member {name!r} in the bundle", path=self.folder, stage="bundle")
+
+    def _check(self) -> None:
+        names = [m.name for m in self.members]
+        if not names or len(set(names)) != len(names):
+            raise BundleError(
+                f"members must be at least one, with different names; got {names}",
+                path=self.folder,
+                stage="bundle",
+            )
+        for member in self.members:
+            if member.weight <= 0:
+                raise BundleError(
+                    f"member {member.name!r} has weight {member.weight}; weights are positive",
+                    path=self.folder,
+                    stage="bundle",
+                )
+            if member.kind != "detector" and min(member.input_hw) <= 0:
+                raise BundleError(
+                    f"member {member.name!r} has input_hw {member.input_hw}", path=self.folder, stage="bundle"
+                )
+            self.onnx_bytes(member)
+        if self.calibration.temperature <= 0:
+            raise BundleError(
+                f"calibration.temperature is {self.calibration.temperature}; it must be positive",
+                path=self.folder,
+                stage="bundle",
+            )
+
+
+def to_json(bundle: Bundle, *, defaults: bool = True) -> str:
+    """The text of a bundle.json that loads as ``bundle``; ``defaults=False`` leaves out what has its default value."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            fields = [f for f in dataclasses.fields(value) if f.metadata.get("json", True)]
+            items = {f.name: getattr(value, f.name) for f in fields if defaults or getattr(value, f.name) != f.default}
+            return {name: plain(v) for name, v in items.items() if defaults or v}
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return value
+
+    return json.dumps(plain(bundle), indent=2, ensure_ascii=False) + "\n"
+
+
+def _find(bundle: PathLikeStr) -> Path:
+    packaged = PACKAGED / bundle if isinstance(bundle, str) and Path(bundle).name == bundle else None
+    if packaged is not None and packaged.is_dir():
+        return packaged
+    folder = Path(bundle)
+    if not folder.is_dir():
+        known = ", ".join(sorted(p.parent.name for p in PACKAGED.glob("*/bundle.json")))
+        raise BundleNotFound(
+            f"there is no such bundle; give a folder with a bundle.json, or a packaged name ({known})",
+            path=bundle,
+            stage="bundle",
+        )
+    return folder
+
+
+def _build(cls: type[T], data: Any, where: str) -> T:
+    """A dataclass from JSON: unknown and missing keys and wrong types are errors, defaults fill the rest."""
+    if not isinstance(data, dict):
+        raise TypeError(f"{where or 'the top level'} must be an object, got {type(data).__name__}")
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise ValueError(f"unknown key {where}{unknown[0]!r}; known are {', '.join(sorted(known))}")
+    for name, f in known.items():
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}{name} is missing")
+    return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where + ".")
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            raise TypeError(f"{where} must be a list of {len(args)}, got {value!r}")
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise TypeError(f"{where} must be an object, got {value!r}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value

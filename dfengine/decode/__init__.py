@@ -1,0 +1,81 @@
+"""path -> Frames: sampled frames as YUV planes, with their times and rotation."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from dfengine.decode.cpu import CpuVideo
+from dfengine.errors import NotAVideo, SourceNotFound, SourceNotReadable
+from dfengine.types import PathLikeStr
+
+__all__ = ["CpuVideo", "open_video"]
+
+STAGE = "open"
+
+# Formats that FFmpeg would take for a one-frame video. First bytes, from the formats' specifications.
+_STILL_IMAGES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"BM", "BMP"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+)
+_STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # ISO base media files that hold an image
+
+
+def open_video(path: PathLikeStr, *, threads: int = 1) -> CpuVideo:
+    """Opens a video for decoding on the CPU; use it as a context manager.
+
+    Raises SourceNotFound, SourceNotReadable, NotAVideo or UnsupportedVideo. Nothing is opened that could block
+    or that is plainly no video.
+    """
+    _check_source(path)
+    return CpuVideo(path, threads=threads)
+
+
+def _check_source(path: PathLikeStr) -> None:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceNotFound("there is no such file", path=path, stage=STAGE) from None
+    except PermissionError:
+        raise SourceNotReadable("a folder on the way to the file may not be entered", path=path, stage=STAGE) from None
+    except (OSError, ValueError) as error:  # name too long, a NUL in it
+        raise SourceNotFound(f"the name cannot be looked up ({error})", path=path, stage=STAGE) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise NotAVideo("this is a folder; name a video in it", path=path, stage=STAGE)
+    if not stat.S_ISREG(status.st_mode):
+        raise NotAVideo(
+            "this is a pipe, a socket or a device; only regular files can be scored: write it to a file first",
+            path=path,
+            stage=STAGE,
+        )
+    if status.st_size == 0:
+        raise NotAVideo("the file is empty (0 bytes)", path=path, stage=STAGE)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except PermissionError:
+        raise SourceNotReadable("the file may not be read; check its permissions", path=path, stage=STAGE) from None
+    except OSError as error:
+        raise SourceNotReadable(f"the file cannot be read ({error})", path=path, stage=STAGE) from None
+    kind = _other_kind(head)
+    if kind:
+        raise NotAVideo(f"this is {kind}, not a video", path=path, stage=STAGE)
+
+
+def _other_kind(head: bytes) -> str:
+    """What the first bytes say the file is, if that is not a video; "" otherwise."""
+    for magic, name in _STILL_IMAGES:
+        if head.startswith(magic):
+            return f"a still image ({name})"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "a still image (WebP)"
+    if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
+        return f"a still image ({head[8:12].decode('ascii')})"
+    # Text is refused before FFmpeg sees it: playlists (HLS, concat, DASH) would make it open other files.
+    # YUV4MPEG2 is the one video format that begins with text.
+    if not head.startswith(b"YUV4MPEG2") and not any(b < 9 or 13 < b < 32 for b in head):
+        return "a text file"
+    return ""

@@ -1,0 +1,97 @@
+"""Everything dfengine raises on purpose.
+
+    DfengineError
+    ├── InputError                 the file cannot be scored; a row with status "error", never an exception of score()
+    │   ├── SourceNotFound         (FileNotFoundError) nothing is there
+    │   ├── SourceNotReadable      (PermissionError) it is there, but may not be read
+    │   ├── NotAVideo              (ValueError) text, audio, a still image, a pipe, an empty file, a folder
+    │   ├── UnsupportedVideo       (ValueError) encrypted, absurdly large, or no decoder for it
+    │   └── DecodeError            (ValueError) damaged: too few of the wanted frames could be decoded
+    ├── BundleError                (ValueError) the bundle is damaged, does not match its hashes, or is too new
+    │   └── BundleNotFound         (FileNotFoundError)
+    ├── OptionError                (ValueError) an option or a policy that cannot be understood
+    ├── DeviceError                (RuntimeError) the device or a package it needs cannot be had here
+    └── InferenceError             (RuntimeError) a network failed to run
+
+Each error also derives from the matching builtin, so that callers need not know dfengine's names.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, fsencode
+
+__all__ = [
+    "BundleError",
+    "BundleNotFound",
+    "DecodeError",
+    "DeviceError",
+    "DfengineError",
+    "InferenceError",
+    "InputError",
+    "NotAVideo",
+    "OptionError",
+    "SourceNotFound",
+    "SourceNotReadable",
+    "UnsupportedVideo",
+    "display_path",
+]
+
+
+def display_path(path: str | PathLike[str]) -> str:
+    """A path as text that can be printed and encoded: bytes that are not UTF-8 become ``\\xNN``."""
+    return fsencode(path).decode("utf-8", "backslashreplace")
+
+
+class DfengineError(Exception):
+    """Base of all. ``path`` is the file concerned ("" if none), ``stage`` where it happened ("" if nowhere)."""
+
+    def __init__(self, message: str, *, path: str | PathLike[str] = "", stage: str = "") -> None:
+        self.message = message
+        self.path = path
+        self.stage = stage
+        name = display_path(path) if path != "" else ""
+        super().__init__(f"{name}: {message}" if name else message)
+
+
+class InputError(DfengineError):
+    """The input cannot be scored."""
+
+
+class SourceNotFound(InputError, FileNotFoundError):
+    """There is no such file."""
+
+
+class SourceNotReadable(InputError, PermissionError):
+    """The file exists but may not be read."""
+
+
+class NotAVideo(InputError, ValueError):
+    """The input is something else than a video."""
+
+
+class UnsupportedVideo(InputError, ValueError):
+    """A video that dfengine cannot or will not decode."""
+
+
+class DecodeError(InputError, ValueError):
+    """A damaged video with too few decodable frames."""
+
+
+class BundleError(DfengineError, ValueError):
+    """The bundle is not what it says it is."""
+
+
+class BundleNotFound(BundleError, FileNotFoundError):
+    """There is no such bundle."""
+
+
+class OptionError(DfengineError, ValueError):
+    """An option that cannot be understood."""
+
+
+class DeviceError(DfengineError, RuntimeError):
+    """The device, or a package it needs, cannot be had here."""
+
+
+class InferenceError(DfengineError, RuntimeError):
+    """A network failed to run."""

@@ -1,0 +1,138 @@
+"""Which frames to score, and which packets need not be decoded at all.
+
+Timestamps decide, never frame counts: containers over-report their frames, and frame rates vary.
+
+Policies (text, as on the command line and in a bundle):
+
+    uniform:N      N times evenly spaced from the first frame to the last, both included
+    every:K        every K-th frame in the order of presentation
+    first:N        the first N frames
+    POLICY:MAX     any of the above, at most MAX frames: every:10:17 is every 10th frame until there are 17
+
+Two modes say which frame stands for a wanted time:
+
+    exact          the frame presented nearest to it
+    reference      the nearest frame that other frames depend on; frames nobody depends on are not decoded, which
+                   halves the work on typical H.264 and leaves every kept frame bit-identical
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dfengine.errors import OptionError
+from dfengine.types import F64, I64, Bool
+
+Mode = Literal["exact", "reference"]
+
+
+def parse_mode(text: str) -> Mode:
+    """Raises OptionError."""
+    if text == "exact":
+        return "exact"
+    if text == "reference":
+        return "reference"
+    raise OptionError(f"sampling mode must be exact or reference, got {text!r}")
+
+
+# How many frames a wanted time may be moved. x264 and x265 allow at most 16 B-pictures in a row
+# (X264_BFRAME_MAX, --bframes), so a frame that others depend on is at most 8 frames away; one that is
+# farther is there because the frames between were lost.
+MAX_SNAP_FRAMES = 8
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A parsed sampling policy."""
+
+    kind: Literal["uniform", "every", "first"]
+    count: int
+    limit: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Raises OptionError. A bare number N means uniform:N."""
+        parts = text.strip().split(":")
+        if len(parts) == 1 and parts[0].isdigit():
+            parts = ["uniform", *parts]
+        numbers = parts[1:]
+        if (
+            parts[0] not in ("uniform", "every", "first")
+            or not 1 <= len(numbers) <= 2
+            or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers)
+        ):
+            raise OptionError(
+                f"sampling policy {text!r} is not understood; write uniform:N, every:K or first:N with a positive "
+                "number, and :MAX behind it to limit the frames (every:10:17)"
+            )
+        return cls(parts[0], int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.count}" + (f":{self.limit}" if self.limit is not None else "")
+
+    def wanted_seconds(self, timeline: F64) -> F64:
+        """The times to sample, ascending, given the presentation times of all frames (seconds, ascending)."""
+        if len(timeline) == 0:
+            return np.zeros(0)
+        if self.kind == "every":
+            wanted = timeline[:: self.count]
+        elif self.kind == "first":
+            wanted = timeline[: self.count]
+        elif self.count == 1:
+            wanted = np.array([(timeline[0] + timeline[-1]) / 2])
+        else:
+            wanted = np.linspace(timeline[0], timeline[-1], self.count)
+        return wanted[: self.limit]
+
+
+def nearest(sorted_values: F64, wanted: F64) -> I64:
+    """Index of the value nearest to each wanted one; a tie goes to the earlier. ``sorted_values`` is not empty."""
+    right = np.clip(np.searchsorted(sorted_values, wanted), 0, len(sorted_values) - 1)
+    left = np.maximum(right - 1, 0)
+    take_left = wanted - sorted_values[left] <= sorted_values[right] - wanted
+    return np.where(take_left, left, right).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Packets [first, end), in decoding order, that give the frames for wanted[segment.wanted].
+
+    Frames presented before ``begin_seconds`` depend on packets before the segment and must not be used.
+    """
+
+    first: int
+    end: int
+    begin_seconds: float
+    wanted: slice
+
+
+def plan_segments(seconds: F64, is_key: Bool, wanted: F64) -> Iterator[Segment]:
+    """Splits a stream at its key frames and yields the runs of packets that must be decoded.
+
+    ``seconds``: presentation time of each packet in decoding order. ``wanted``: ascending. A run ends behind the
+    next key frame and the packets that are decoded after it but presented before it, because they are the right
+    neighbours of a wanted time.
+    """
+    keys = np.flatnonzero(is_key)
+    if len(keys) == 0 or keys[0] != 0:
+        keys = np.concatenate(([0], keys))
+    key_seconds = seconds[keys]
+    if np.any(np.diff(key_seconds) < 0):  # key frames out of order: no run can be trusted
+        keys, key_seconds = keys[:1], key_seconds[:1]
+    group = np.clip(np.searchsorted(key_seconds, wanted, side="right") - 1, 0, None)  # (wanted,)
+    needed = np.unique(group)
+    runs = np.split(needed, np.flatnonzero(np.diff(needed) > 1) + 1)
+    for run in runs:
+        low, high = int(run[0]), int(run[-1])
+        end = len(seconds)
+        if high + 1 < len(keys):
+            end = int(keys[high + 1]) + 1
+            while end < len(seconds) and seconds[end] < key_seconds[high + 1]:
+                end += 1
+        begin_seconds = float(key_seconds[low]) if low > 0 else -np.inf
+        members = np.flatnonzero((group >= low) & (group <= high))
+        yield Segment(int(keys[low]), end, begin_seconds, slice(int(members[0]), int(members[-1]) + 1))

@@ -1,0 +1,257 @@
+"""The values that flow between the stages: frozen, validated, one struct of arrays each.
+
+Capital letters in shapes have one meaning throughout: N images, F faces, R track rows, B crops, H height, W width.
+Boxes are xyxy float32 pixels, half-open, in the upright full-resolution frame. Images are RGB once they are RGB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+
+LANDMARKS = 5  # left eye, right eye, nose, left and right corner of the mouth, as seen in the picture
+
+
+def _check(array: NDArray[Any], name: str, dtype: Any, shape: tuple[int | None, ...]) -> None:
+    if array.dtype != dtype or array.ndim != len(shape):
+        raise ValueError(f"{name} must be {np.dtype(dtype)} with {len(shape)} axes, got {array.dtype} {array.shape}")
+    if any(want is not None and want != have for want, have in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name} must have shape {shape} (None: any), got {array.shape}")
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """One decoded picture as the decoder left it; nothing is converted or copied.
+
+    ``components``: (Y,) or (Y, Cb, Cr) or (R, G, B), each (H, W) uint8 or uint16, strided views allowed; chroma
+    is smaller by ``subsampling_xy``. ``bit_depth``: of the samples; MSB-aligned P010 counts as 16.
+    ``matrix``: "bt601", "bt709", "bt2020", "smpte240m", "fcc", "ycgco", "rgb" or "gray".
+    ``rotation``: degrees clockwise (0, 90, 180, 270) that make the picture upright.
+    """
+
+    components: tuple[NDArray[Any], ...]
+    bit_depth: int = 8
+    matrix: str = "bt601"
+    full_range: bool = False
+    subsampling_xy: tuple[int, int] = (1, 1)
+    rotation: int = 0
+
+    @property
+    def upright_hw(self) -> tuple[int, int]:
+        h, w = self.components[0].shape
+        return (w, h) if self.rotation in (90, 270) else (h, w)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(c.nbytes for c in self.components)
+
+    @classmethod
+    def from_rgb(cls, rgb: NDArray[np.uint8]) -> Image:
+        """Wraps an upright RGB uint8 (H, W, 3) array, without copying."""
+        _check(rgb, "rgb", np.uint8, (None, None, 3))
+        return cls((rgb[..., 0], rgb[..., 1], rgb[..., 2]), matrix="rgb", full_range=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """Sampled frames of one video, in order of time.
+
+    ``index`` is the frame's place in the order of presentation, 0 for the first. ``is_last``: no more frames of
+    this video follow in another Frames.
+    """
+
+    images: tuple[Image, ...]  # N
+    pts_seconds: F64  # (N,), from the start of the video's first frame
+    index: I64  # (N,)
+    is_last: bool = True
+
+    def __post_init__(self) -> None:
+        n = len(self.images)
+        _check(self.pts_seconds, "pts_seconds", np.float64, (n,))
+        _check(self.index, "index", np.int64, (n,))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True, eq=False)
+class Faces:
+    """Faces found in Frames. ``frame`` is the row of the frame in that Frames."""
+
+    frame: I64  # (F,), ascending
+    xyxy: F32  # (F, 4)
+    landmarks: F32  # (F, 5, 2), xy
+    confidence: F32  # (F,)
+
+    def __post_init__(self) -> None:
+        n = len(self.frame)
+        _check(self.frame, "frame", np.int64, (n,))
+        _check(self.xyxy, "xyxy", np.float32, (n, 4))
+        _check(self.landmarks, "landmarks", np.float32, (n, LANDMARKS, 2))
+        _check(self.confidence, "confidence", np.float32, (n,))
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __getitem__(self, rows: Any) -> Faces:
+        return Faces(self.frame[rows], self.xyxy[rows], self.landmarks[rows], self.confidence[rows])
+
+    @classmethod
+    def empty(cls) -> Faces:
+        return cls(
+            np.zeros(0, np.int64),
+            np.zeros((0, 4), np.float32),
+            np.zeros((0, LANDMARKS, 2), np.float32),
+            np.zeros(0, np.float32),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """Faces joined in time, one row a (person, frame), ordered by track and then by time.
+
+    Rows that were filled from a past box have ``detected`` False, NaN landmarks and confidence 0.
+    """
+
+    track_id: I64  # (R,)
+    frame: I64  # (R,), row of the frame in its Frames
+    index: I64  # (R,), the frame's place in the order of presentation
+    pts_seconds: F64  # (R,)
+    xyxy: F32  # (R, 4)
+    landmarks: F32  # (R, 5, 2)
+    confidence: F32  # (R,)
+    detected: Bool  # (R,)
+
+    def __post_init__(self) -> None:
+        n = len(self.track_id)
+        for name in ("track_id", "frame", "index"):
+            _check(getattr(self, name), name, np.int64, (n,))
+        _check(self.pts_seconds, "pts_seconds", np.float64, (n,))
+        _check(self.xyxy, "xyxy", np.float32, (n, 4))
+        _check(self.landmarks, "landmarks", np.float32, (n, LANDMARKS, 2))
+        _check(self.confidence, "confidence", np.float32, (n,))
+        _check(self.detected, "detected", np.bool_, (n,))
+
+    def __len__(self) -> int:
+        return len(self.track_id)
+
+    def __getitem__(self, rows: Any) -> Tracks:
+        return Tracks(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Tracks]) -> Tracks:
+        """Joins parts, one behind the other: rows are no longer ordered by track."""
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
+
+
+@dataclass(frozen=True, eq=False)
+class Crops:
+    """Network input, with the identity of each row: rows of several videos may share a batch."""
+
+    batch: NDArray[np.floating[Any]]  # (B, 3, H, W) RGB, normalised
+    video: I64  # (B,)
+    track_id: I64  # (B,)
+    index: I64  # (B,), frame, in the order of presentation
+
+    def __post_init__(self) -> None:
+        n = len(self.batch)
+        if self.batch.ndim != 4 or self.batch.shape[1] != 3:
+            raise ValueError(f"batch must have shape (B, 3, H, W), got {self.batch.shape}")
+        for name in ("video", "track_id", "index"):
+            _check(getattr(self, name), name, np.int64, (n,))
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+@dataclass(frozen=True)
+class FrameScore:
+    """One face in one frame. ``landmarks`` is None where the box was filled from the past of its track."""
+
+    frame_index: int
+    pts_seconds: float
+    box: tuple[float, float, float, float]
+    landmarks: tuple[tuple[float, float], ...] | None
+    p_fake: float
+
+
+@dataclass(frozen=True)
+class TrackScore:
+    """One person."""
+
+    track_id: int
+    p_fake: float
+    frames: tuple[FrameScore, ...]
+
+
+@dataclass(frozen=True)
+class ErrorInfo:
+    """Why a video has no score. ``type`` is the name of a class in dfengine.errors."""
+
+    type: str
+    stage: str
+    message: str
+
+
+@dataclass(frozen=True)
+class VideoScore:
+    """The answer for one video.
+
+    ``p_fake`` is the probability that a face in the video was manipulated, in [0, 1]; it is None unless ``status``
+    is "ok". "Could not tell" is a status, never 0.5. ``logit`` is log(p / (1 - p)) of the calibrated score.
+    ``timings`` are wall-clock seconds by stage.
+    """
+
+    path: str
+    status: Literal["ok", "no_face", "error"]
+    p_fake: float | None = None
+    logit: float | None = None
+    error: ErrorInfo | None = None
+    warnings: tuple[str, ...] = ()
+    tracks: tuple[TrackScore, ...] = ()
+    members: Mapping[str, float] = field(default_factory=dict)
+    frames_decoded: int = 0
+    frames_scored: int = 0
+    bundle: str = ""
+    device: str = ""
+    decoder: str = ""
+    fallback_reason: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.status == "ok") != (self.p_fake is not None):
+            raise ValueError(f"p_fake is given exactly when status is 'ok', got {self.status!r} and {self.p_fake}")
+        if self.p_fake is not None and not 0.0 <= self.p_fake <= 1.0:
+            raise ValueError(f"p_fake must be in [0, 1], got {self.p_fake}")
+        if (self.status == "error") != (self.error is not None):
+            raise ValueError(f"error is given exactly when status is 'error', got {self.status!r} and {self.error}")
+        if self.logit is not None and not math.isfinite(self.logit):
+            raise ValueError(f"logit must be finite, got {self.logit}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, in the order of the fields: what ``--json`` prints."""
+        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+PathLikeStr = str | PathLike[str]
