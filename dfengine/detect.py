@@ -1,0 +1,174 @@
+"""Finding faces: MTCNN, three networks in a cascade (Zhang et al. 2016, arXiv:1604.02878).
+
+P-Net slides over a pyramid of the frame and proposes boxes; R-Net and O-Net look at each proposal again, reject most
+and move the rest. The weights and the arithmetic are those of facenet-pytorch, one-based inclusive boxes of the
+original included, so that detections can be compared; what enters the networks comes straight from the YUV planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfengine import _boxes, _kernels
+from dfengine.bundle import Bundle, DetectorSettings
+from dfengine.runtime import make_session
+from dfengine.types import F32, Faces, Image
+
+# Frames that go through the cascade together. Level 0 of 16 frames of 1080p takes 36 MB as network input and twice
+# that inside P-Net; larger batches gave no more speed on two cores.
+BATCH_FRAMES = 16
+
+# No network of the cascade is asked for smaller faces: facenet-pytorch's own default.
+MIN_FACE_PX = 20.0
+
+_CELL = 12  # P-Net's field of view, in pixels
+# Overlaps at which a weaker box is dropped: within a level, between levels, after R-Net, after O-Net (there of the
+# smaller box). From the reference implementation.
+_NMS_LEVEL, _NMS_PYRAMID, _NMS_RNET, _NMS_ONET = 0.5, 0.7, 0.7, 0.7
+
+
+class Detector:
+    """The cascade, compiled. Thread-safe."""
+
+    def __init__(self, settings: DetectorSettings, *, threads: int = 1) -> None:
+        nets = Bundle.load(settings.nets)
+        self.settings = settings
+        self._threads = threads
+        self._pnet, self._rnet, self._onet = (
+            make_session(nets, name, threads=threads) for name in ("pnet", "rnet", "onet")
+        )
+        self._input = nets.member("pnet")
+
+    def detect(self, images: Sequence[Image]) -> Faces:
+        """Finds the faces of each image; ``Faces.frame`` is the index into ``images``.
+
+        Sorted by image, then by falling confidence. An image without a face has no row. Frames of one size share
+        batches; the result for an image does not depend on the others.
+        """
+        found = [self._detect_sized(images, rows, gain=1.0) for rows in _by_size(images)]
+        empty = np.setdiff1d(np.arange(len(images)), np.concatenate([f.frame for f in found]) if found else [])
+        for gain, rows in self._dark(images, empty):
+            found += [self._detect_sized(images, rows[sized], gain) for sized in _by_size([images[i] for i in rows])]
+        if not found:
+            return Faces.empty()
+        faces = Faces(*(np.concatenate([getattr(f, name) for f in found]) for name in Faces.__dataclass_fields__))
+        return faces[np.lexsort((-faces.confidence, faces.frame))]
+
+    def _dark(self, images: Sequence[Image], rows: NDArray[Any]) -> Iterator[tuple[float, NDArray[np.int64]]]:
+        """Groups dark images by the gain that brings their brightest pixels near 255."""
+        gains: dict[float, list[int]] = {}
+        for i in rows:
+            brightest = _bright_luma(images[i])
+            if brightest < self.settings.dark_below:
+                # Steps of sqrt(2) let frames share a batch, and rounding down keeps highlights from clipping.
+                step = np.floor(2 * np.log2(255 / max(brightest, 1.0))) / 2
+                gains.setdefault(min(float(2**step), self.settings.max_gain), []).append(int(i))
+        for gain, group in gains.items():
+            if gain > 1:
+                yield gain, np.array(group, np.int64)
+
+    def _detect_sized(self, images: Sequence[Image], rows: NDArray[np.int64], gain: float) -> Faces:
+        """Runs images of one size, in batches."""
+        parts = [Faces.empty()]
+        for start in range(0, len(rows), BATCH_FRAMES):
+            batch = rows[start : start + BATCH_FRAMES]
+            faces = self._cascade([images[i] for i in batch], gain)
+            parts.append(Faces(batch[faces.frame], faces.xyxy, faces.landmarks, faces.confidence))
+        return Faces(*(np.concatenate([getattr(f, name) for f in parts]) for name in Faces.__dataclass_fields__))
+
+    def _crop(
+        self, images: Sequence[Image], boxes: F32, image: NDArray[np.int32], hw: tuple[int, int], gain: float
+    ) -> Any:
+        # Brightening by `gain` before normalising, (gain * x - mean) / std, costs nothing this way.
+        mean, std = self._input.mean, self._input.std
+        return _kernels.crop_resize(
+            images, boxes, image, out_hw=hw, resize="area", threads=self._threads,
+            mean=(mean[0] / gain, mean[1] / gain, mean[2] / gain), std=(std[0] / gain, std[1] / gain, std[2] / gain),
+        )  # fmt: skip
+
+    def _cascade(self, images: Sequence[Image], gain: float) -> Faces:
+        """The three networks on images of one size."""
+        _, reject_rnet, reject_onet = self.settings.thresholds
+
+        image, boxes = self._propose(images, gain)
+        image, boxes, crops = self._crop_proposals(images, image, boxes, 24, gain)
+        score, shift = self._rnet.run(crops)
+        image, boxes, score, shift = _where(score > reject_rnet, image, boxes, score, shift)
+        kept = _boxes.nms(boxes, score, image, _NMS_RNET)
+        image, boxes, shift = image[kept], boxes[kept], shift[kept]
+        _boxes.regress(boxes, shift, 1.0)
+        _boxes.make_square(boxes)
+
+        image, boxes, crops = self._crop_proposals(images, image, boxes, 48, gain)
+        score, shift, points = self._onet.run(crops)
+        image, boxes, score, shift, points = _where(score > reject_onet, image, boxes, score, shift, points)
+        size = boxes[:, None, 2:] - boxes[:, None, :2] + 1  # (F, 1, 2)
+        landmarks = points.reshape(-1, 2, 5).transpose(0, 2, 1) * size + boxes[:, None, :2] - 1  # (F, 5, 2)
+        _boxes.regress(boxes, shift, 1.0)
+        kept = _boxes.nms(boxes, score, image, _NMS_ONET, of_smaller=True, pixel=1.0)
+        return Faces(image[kept].astype(np.int64), boxes[kept], landmarks[kept].astype(np.float32), score[kept])
+
+    def _propose(self, images: Sequence[Image], gain: float) -> tuple[NDArray[np.int32], F32]:
+        """P-Net over the pyramid: (image, square xyxy boxes)."""
+        h, w = images[0].upright_hw
+        whole = np.tile(np.array([0, 0, w, h], np.float32), (len(images), 1))
+        order = np.arange(len(images), dtype=np.int32)
+        found: list[tuple[NDArray[np.int32], F32]] = []
+        for scale in self._scales(h, w):
+            hw = (int(h * scale + 1), int(w * scale + 1))
+            prob, shift = self._pnet.run(self._crop(images, whole, order, hw, gain))
+            image, rows = _boxes.propose(prob, shift, scale, self.settings.thresholds[0])
+            kept = _boxes.nms(rows[:, :4], rows[:, 4], image, _NMS_LEVEL)
+            found.append((image[kept], rows[kept]))
+        if not found:  # the frame is smaller than the smallest face that is looked for
+            return np.zeros(0, np.int32), np.zeros((0, 4), np.float32)
+        image = np.concatenate([f[0] for f in found])
+        rows = np.concatenate([f[1] for f in found])
+        kept = _boxes.nms(rows[:, :4], rows[:, 4], image, _NMS_PYRAMID)
+        image, boxes, shift = image[kept], np.ascontiguousarray(rows[kept, :4]), rows[kept, 5:]
+        _boxes.regress(boxes, shift)
+        _boxes.make_square(boxes)
+        return image, boxes
+
+    def _scales(self, h: int, w: int) -> list[float]:
+        scale = _CELL / max(MIN_FACE_PX, self.settings.min_face_ratio * min(h, w))
+        scales = []
+        while min(h, w) * scale >= _CELL:
+            scales.append(scale)
+            scale *= self.settings.pyramid_factor
+        return scales
+
+    def _crop_proposals(
+        self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, size: int, gain: float
+    ) -> tuple[NDArray[np.int32], F32, Any]:
+        """Cuts proposals out at whole pixels, clipped to the frame; drops those that lie outside it."""
+        h, w = images[0].upright_hw
+        whole = np.trunc(boxes)
+        whole[:, :2] = np.maximum(whole[:, :2], 1) - 1  # one-based, inclusive -> half-open
+        whole[:, 2:] = np.minimum(whole[:, 2:], (w, h))
+        inside = np.all(whole[:, 2:] > whole[:, :2], axis=1)
+        image, boxes, whole = _where(inside, image, boxes, whole)
+        return image, boxes, self._crop(images, whole, image, (size, size), gain)
+
+
+def _by_size(images: Sequence[Image]) -> list[NDArray[np.int64]]:
+    """Row numbers of the images, grouped by upright size."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(image.upright_hw, []).append(i)
+    return [np.array(g, np.int64) for g in groups.values()]
+
+
+def _where(mask: Any, *columns: Any) -> Any:
+    return tuple(np.ascontiguousarray(c[mask]) for c in columns)
+
+
+def _bright_luma(image: Image) -> float:
+    """99th percentile of the first component, on the scale 0..255 of full range. Every 4th pixel will do."""
+    luma = image.components[0][::4, ::4]
+    value: float = float(np.percentile(luma, 99)) / float(1 << (image.bit_depth - 8))
+    return value if image.full_range else (value - 16.0) * 255 / 219
