@@ -1,0 +1,3 @@
+from dfengine.cli import main
+
+main()

@@ -1,0 +1,208 @@
+"""The main path: path -> Frames -> Faces -> Tracks -> Crops -> logits -> VideoScore."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dfengine.aggregate import judge
+from dfengine.backbone import Backbone
+from dfengine.bundle import Bundle, ModelSpec
+from dfengine.crop import crop_tracks
+from dfengine.decode import open_video
+from dfengine.decode.cpu import DEFAULT_MEMORY_BYTES
+from dfengine.detect import Detector
+from dfengine.errors import DfengineError, OptionError, display_path
+from dfengine.runtime import resolve_device
+from dfengine.sampling import Mode, Policy, parse_mode
+from dfengine.track import Linker, select
+from dfengine.types import F64, Crops, ErrorInfo, PathLikeStr, Tracks, VideoScore
+
+log = logging.getLogger("dfengine")
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Scores videos. Holds compiled networks, so make one and keep it. Thread-safe; a context manager.
+
+    ``frames``: a sampling policy, or a number N for uniform:N; ``mode``: "reference" or "exact" (see
+    dfengine.sampling). Both default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default
+    one a core. ``memory_bytes``: decoded frames held at a time, by video.
+    """
+
+    def __init__(
+        self,
+        bundle: PathLikeStr | Bundle = "default",
+        *,
+        device: str = "auto",
+        frames: str | int | None = None,
+        mode: str | None = None,
+        workers: int | None = None,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    ) -> None:
+        self.bundle = Bundle.load(bundle)
+        self.device = resolve_device(device)
+        self.policy = Policy.parse(str(frames if frames is not None else self.bundle.sampling))
+        self.mode: Mode = parse_mode(mode) if mode is not None else self.bundle.sampling_mode
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = workers if workers is not None else self.cores
+        if self.workers < 1:
+            raise OptionError(f"workers must be at least 1, got {self.workers}")
+        self._memory_bytes = memory_bytes
+        self._detector = Detector(self.bundle.detector, threads=self.cores)
+        self._backbone = Backbone(self.bundle, threads=self.cores)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the networks. The engine cannot be used afterwards."""
+        del self._detector, self._backbone
+
+    def score(self, path: PathLikeStr) -> VideoScore:
+        """Scores one video on all cores. What is wrong with the file is in the result; nothing is raised for it."""
+        return self._score(path, threads=self.cores)
+
+    def stream(self, paths: Iterable[PathLikeStr], *, ordered: bool = False) -> Iterator[VideoScore]:
+        """Scores many videos, ``workers`` at a time, and yields each when it is done (``ordered``: in input order).
+
+        ``paths`` is read only as far ahead as there are workers.
+        """
+        if self.workers == 1:
+            yield from map(self.score, paths)
+            return
+        threads = max(1, self.cores // self.workers)
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="dfengine")
+        pending: list[Future[VideoScore]] = []
+        try:
+            for path in paths:
+                pending.append(pool.submit(self._score, path, threads))
+                # One more than the workers, so that none waits for the consumer.
+                while len(pending) > self.workers:
+                    yield from _take_done(pending, ordered)
+            while pending:
+                yield from _take_done(pending, ordered)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _score(self, path: PathLikeStr, threads: int) -> VideoScore:
+        """The main path with its safety net: whatever happens to one video becomes its row."""
+        watch = _Watch()
+        known: dict[str, Any] = {
+            "path": display_path(path),
+            "bundle": self.bundle.name,
+            "device": self.device,
+        }
+        try:
+            known |= self._main_path(path, threads, watch, known)
+        except DfengineError as error:
+            known |= _failed(type(error).__name__, error.stage or watch.stage, error.message)
+        except MemoryError:
+            known |= _failed("MemoryError", watch.stage, "memory ran out; lower memory_bytes or workers")
+        except Exception as error:  # a defect of dfengine: it costs this video its score, and no other
+            log.exception("unexpected error while scoring %s", display_path(path))
+            known |= _failed(type(error).__name__, watch.stage, f"unexpected: {error}; please report this")
+        return VideoScore(**known, timings=watch.seconds)
+
+    def _main_path(self, path: PathLikeStr, threads: int, watch: _Watch, known: dict[str, Any]) -> dict[str, Any]:
+        """Fields of the VideoScore. ``known`` is filled on the way, so that a failed video tells what it got to."""
+        linker = Linker(self.bundle.tracking)
+        parts: list[Tracks] = []
+        logits: list[dict[str, F64]] = []
+        sampled = 0
+        with watch("decode"):
+            video = open_video(path, threads=threads)
+        with video:
+            known["decoder"] = video.name
+            for frames in watch.each("decode", video.frames(self.policy, self.mode, memory_bytes=self._memory_bytes)):
+                sampled += len(frames)
+                known["frames_decoded"] = video.frames_decoded
+                with watch("detect"):
+                    faces = self._detector.detect(frames.images)
+                with watch("track"):
+                    rows = linker.link(frames, faces)
+                    if frames.is_last:  # mostly the only one; the video was seen, so it is known who counts
+                        people = select(Tracks.concatenate([*parts, rows]), sampled, self.bundle.tracking)
+                        rows = rows[np.isin(rows.track_id, people)]
+
+                def make_crops(spec: ModelSpec, part: slice, images: Any = frames.images, rows: Tracks = rows) -> Crops:
+                    with watch("crop"):
+                        return crop_tracks(images, rows[part], spec, threads=threads)
+
+                with watch("backbone"):
+                    logits.append(self._backbone.run(len(rows), make_crops))
+                parts.append(rows)
+            known["frames_decoded"] = video.frames_decoded
+            known["warnings"] = tuple(video.warnings)
+        with watch("aggregate"):
+            tracks = Tracks.concatenate(parts)
+            order = np.lexsort((tracks.pts_seconds, tracks.track_id))
+            order = order[np.isin(tracks.track_id[order], people)]
+            if len(order) == 0:
+                return {"status": "no_face"}
+            columns = {name: np.concatenate([part[name] for part in logits])[order] for name in logits[0]}
+            verdict = judge(tracks[order], columns, self.bundle)
+        return {
+            "status": "ok",
+            "p_fake": verdict.p_fake,
+            "logit": verdict.logit,
+            "tracks": verdict.tracks,
+            "members": verdict.members,
+            "frames_scored": len(np.unique(tracks.index[order])),
+        }
+
+
+class _Watch:
+    """Wall-clock seconds by stage. Nested stages count once, in the inner one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.stage = ""
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        outer, self.stage = self.stage, stage
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+            if outer:
+                self.seconds[outer] = self.seconds.get(outer, 0.0) - spent
+        self.stage = outer  # after an error it stays, to say where that happened
+
+    def each(self, stage: str, items: Iterator[T]) -> Iterator[T]:
+        """Passes items on and counts the time it took to make them."""
+        while True:
+            with self(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
+def _failed(kind: str, stage: str, message: str) -> dict[str, Any]:
+    return {"status": "error", "error": ErrorInfo(kind, stage, message)}
+
+
+def _take_done(pending: list[Future[VideoScore]], ordered: bool) -> list[VideoScore]:
+    """Removes what is done from ``pending``, waiting for at least one; the first in the queue if ``ordered``."""
+    done = {pending[0]} if ordered else wait(pending, return_when=FIRST_COMPLETED).done
+    taken = [future for future in pending if future in done]
+    pending[:] = [future for future in pending if future not in done]
+    return [future.result() for future in taken]

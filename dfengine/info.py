@@ -1,0 +1,48 @@
+"""What this installation is made of, and what can be used on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from dfengine import _kernels
+from dfengine.bundle import PACKAGED, Bundle
+
+
+def build_info() -> dict[str, Any]:
+    """Versions and capabilities, as plain values."""
+    import av
+
+    return {
+        "dfengine": metadata.version("dfengine"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "compiler": _kernels.compiler,
+        "cuda_compiled": False,
+        "openvino": metadata.version("openvino"),
+        "pyav": metadata.version("av"),
+        "ffmpeg_libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
+    }
+
+
+def devices() -> dict[str, str]:
+    """Each device, and why it can or cannot be used here."""
+    return {
+        "cpu": f"usable: OpenVINO {metadata.version('openvino')}, {os.cpu_count()} cores",
+        "cuda": "not usable: this version of dfengine has no GPU path",
+    }
+
+
+def packaged_bundles() -> dict[str, str]:
+    """The bundles that come with the package."""
+    lines = {}
+    for file in sorted(PACKAGED.glob("*/bundle.json")):
+        bundle = Bundle.load(file.parent.name)
+        size = sum(f.stat().st_size for f in file.parent.iterdir()) / 1e6
+        members = ", ".join(m.name for m in bundle.members)
+        state = " (experimental)" if bundle.experimental else ""
+        lines[bundle.name] = f"{members}; {size:.1f} MB; {bundle.licence}{state}"
+    return lines
