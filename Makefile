@@ -1,0 +1,44 @@
+# Every verb sets up what it needs in .venv. PYTHON chooses the interpreter (3.11 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) dfengine/_boxes.pyx
+
+.PHONY: demo test lint bench train-default clean
+
+# The package alone: no torch, no GPU, no compiler but the system's.
+$(VENV)/base.stamp: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# And what tests, training and benchmarks need. facenet-pytorch pins a torch of 2024, hence --no-deps.
+$(VENV)/dev.stamp: $(VENV)/base.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps facenet-pytorch==2.6.0
+	touch $@
+
+# A clip made from a public-domain portrait (NASA's photograph of Eileen Collins), scored with the default bundle.
+demo: $(VENV)/base.stamp
+	$(BIN)/python -m pip install --quiet scikit-image
+	$(BIN)/python scripts/make_demo.py build/demo.mp4
+	$(BIN)/dfengine score build/demo.mp4
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/mypy
+
+# The benchmarks need videos: make bench VIDEOS=path/to/folder
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python -m benchmarks.engine --videos $(VIDEOS)
+	$(BIN)/python scripts/update_readme.py
+
+clean:
+	rm -rf build $(VENV)
