@@ -58,8 +58,10 @@ class Engine:
         if self.workers < 1:
             raise OptionError(f"workers must be at least 1, got {self.workers}")
         self._memory_bytes = memory_bytes
-        self._detector = Detector(self.bundle.detector, threads=self.cores)
-        self._backbone = Backbone(self.bundle, threads=self.cores)
+        self._nets: tuple[Detector, Backbone] | None = (
+            Detector(self.bundle.detector, threads=self.cores),
+            Backbone(self.bundle, threads=self.cores),
+        )
 
     def __enter__(self) -> Engine:
         return self
@@ -70,8 +72,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Frees the networks. The engine cannot be used afterwards."""
-        del self._detector, self._backbone
+        """Frees the networks. The engine cannot be used afterwards: that raises RuntimeError."""
+        self._nets = None
 
     def score(self, path: PathLikeStr) -> VideoScore:
         """Scores one video on all cores. What is wrong with the file is in the result; nothing is raised for it."""
@@ -101,6 +103,8 @@ class Engine:
 
     def _score(self, path: PathLikeStr, threads: int) -> VideoScore:
         """The main path with its safety net: whatever happens to one video becomes its row."""
+        if self._nets is None:
+            raise RuntimeError("the engine is closed; make a new one")
         watch = _Watch()
         known: dict[str, Any] = {
             "path": display_path(path),
@@ -108,7 +112,7 @@ class Engine:
             "device": self.device,
         }
         try:
-            known |= self._main_path(path, threads, watch, known)
+            known |= self._main_path(path, threads, watch, known, *self._nets)
         except DfengineError as error:
             known |= _failed(type(error).__name__, error.stage or watch.stage, error.message)
         except MemoryError:
@@ -116,10 +120,20 @@ class Engine:
         except Exception as error:  # a defect of dfengine: it costs this video its score, and no other
             log.exception("unexpected error while scoring %s", display_path(path))
             known |= _failed(type(error).__name__, watch.stage, f"unexpected: {error}; please report this")
-        return VideoScore(**known, timings=watch.seconds)
+        score = VideoScore(**known, timings=watch.seconds)
+        log.info("%s: %s in %.2f s", score.path, score.status, sum(watch.seconds.values()))
+        return score
 
-    def _main_path(self, path: PathLikeStr, threads: int, watch: _Watch, known: dict[str, Any]) -> dict[str, Any]:
-        """Fields of the VideoScore. ``known`` is filled on the way, so that a failed video tells what it got to."""
+    def _main_path(
+        self,
+        path: PathLikeStr,
+        threads: int,
+        watch: _Watch,
+        known: dict[str, Any],
+        detector: Detector,
+        backbone: Backbone,
+    ) -> dict[str, Any]:
+        """Fields of the VideoScore. ``known`` is filled on the way, so that a failed video tells how far it got."""
         linker = Linker(self.bundle.tracking)
         parts: list[Tracks] = []
         logits: list[dict[str, F64]] = []
@@ -132,7 +146,7 @@ class Engine:
                 sampled += len(frames)
                 known["frames_decoded"] = video.frames_decoded
                 with watch("detect"):
-                    faces = self._detector.detect(frames.images)
+                    faces = detector.detect(frames.images)
                 with watch("track"):
                     rows = linker.link(frames, faces)
                     if frames.is_last:  # mostly the only one; the video was seen, so it is known who counts
@@ -144,7 +158,7 @@ class Engine:
                         return crop_tracks(images, rows[part], spec, threads=threads)
 
                 with watch("backbone"):
-                    logits.append(self._backbone.run(len(rows), make_crops))
+                    logits.append(backbone.run(len(rows), make_crops))
                 parts.append(rows)
             known["frames_decoded"] = video.frames_decoded
             known["warnings"] = tuple(video.warnings)
