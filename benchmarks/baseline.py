@@ -25,8 +25,8 @@ from dfengine.crop import crop_boxes
 from dfengine.track import Linker, select
 from dfengine.types import F32, Faces, Frames, Image
 
-# Frames that MTCNN sees at a time. Of the published systems that batch, one takes 8 and one 60; on two cores 1 to 8 took
-# the same time a frame, and 60 frames of 1080p as float32 are 1.5 GB.
+# Frames that MTCNN sees at a time. Of the published systems that batch, one takes 8 and one 60; on two cores 1 to 8
+# took the same time a frame, and 60 frames of 1080p as float32 are 1.5 GB.
 MTCNN_BATCH = 8
 
 

@@ -49,6 +49,7 @@ Image read_image(const py::handle& source, std::vector<py::array>& keep) {
   Image image;
   image.components = static_cast<std::int32_t>(components.size());
   for (std::size_t j = 0; j < components.size(); ++j) {
+    DF_CHECK(py::isinstance<py::array>(components[j]), "component " + std::to_string(j) + " must be a NumPy array");
     const py::array array = py::reinterpret_borrow<py::array>(components[j]);
     const bool u8 = py::isinstance<py::array_t<std::uint8_t>>(array);
     DF_CHECK(u8 || py::isinstance<py::array_t<std::uint16_t>>(array), "component " + std::to_string(j) +
@@ -88,8 +89,10 @@ Image read_image(const py::handle& source, std::vector<py::array>& keep) {
   image.quarter_turns = rotation / 90;
   const auto standard = source.attr("matrix").cast<std::string>();
   DF_CHECK((image.components == 1) == (standard == "gray"), "matrix 'gray' goes with one component, and only it");
-  image.color = make_color_matrix(parse_standard(standard), source.attr("full_range").cast<bool>(),
-                                  source.attr("bit_depth").cast<int>());
+  const auto bit_depth = source.attr("bit_depth").cast<int>();
+  image.color = make_color_matrix(parse_standard(standard), source.attr("full_range").cast<bool>(), bit_depth);
+  DF_CHECK(bit_depth <= 8 * image.sample_bytes,
+           "bit_depth " + std::to_string(bit_depth) + " does not fit the samples, which are uint8");
   return image;
 }
 

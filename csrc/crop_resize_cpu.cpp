@@ -146,7 +146,12 @@ struct CodedCrop {
 
 // Clockwise quarter turns carry a coded point (x, y) of a w x h picture to
 // (x, y), (h - y, x), (w - x, h - y), (y, w - x).
-CodedCrop make_coded_crop(const Image& image, const CropBox& box, std::int32_t out_h, std::int32_t out_w) {
+CodedCrop make_coded_crop(const Image& image, CropBox box, const CropResizeOptions& options) {
+  if (options.filter == Filter::kArea) {
+    round_to_pixels(box.x1, box.x2);
+    round_to_pixels(box.y1, box.y2);
+  }
+  const std::int32_t out_h = options.out_h, out_w = options.out_w;
   const auto w = static_cast<float>(image.width), h = static_cast<float>(image.height);
   const float width = box.x2 - box.x1, height = box.y2 - box.y1;
   const std::int64_t rows = out_h, columns = out_w;
@@ -207,7 +212,7 @@ struct Workspace {
 template <typename Out>
 void crop_band(const Image& image, const CropBox& box, const CropResizeOptions& options, const Normalization& norm,
                std::int32_t row_begin, std::int32_t row_end, Out* out) {
-  const CodedCrop crop = make_coded_crop(image, box, options.out_h, options.out_w);
+  const CodedCrop crop = make_coded_crop(image, box, options);
   const std::int32_t columns = crop.x.out;
   const std::int64_t channel = static_cast<std::int64_t>(options.out_h) * options.out_w;
 

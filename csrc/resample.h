@@ -57,12 +57,18 @@ DF_HD inline float tap_support(const Axis& axis) {
   return scale > 1.f ? scale : 1.f;
 }
 
-// The luma bin of output pixel `i` under kArea: the interval is rounded to whole pixels first.
+// kArea works on whole pixels, at least one. To be applied to upright coordinates, before a turn: halves go up, and
+// a turned picture must give what the upright one gives.
+DF_HD inline void round_to_pixels(float& begin, float& end) {
+  begin = floorf(begin + 0.5f);
+  end = floorf(end + 0.5f);
+  if (end < begin + 1.f) end = begin + 1.f;
+}
+
+// The luma bin of output pixel `i` under kArea, of an interval that `round_to_pixels` was applied to.
 DF_HD inline TapRange area_bin(const Axis& axis, std::int32_t i) {
-  const std::int32_t begin = floor_to_int(axis.begin + 0.5f);
-  std::int32_t size = floor_to_int(axis.begin + axis.length + 0.5f) - begin;
-  if (size < 1) size = 1;
-  const auto n = static_cast<std::int64_t>(size);
+  const std::int32_t begin = floor_to_int(axis.begin);
+  const auto n = static_cast<std::int64_t>(axis.length);
   const auto lo = static_cast<std::int32_t>(i * n / axis.out);
   const auto hi = static_cast<std::int32_t>(((i + 1) * n + axis.out - 1) / axis.out);
   return {begin + lo, hi - lo};

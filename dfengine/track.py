@@ -25,7 +25,8 @@ class _Live:
     track_id: int
     box: F32  # (4,), the last one seen
     seen_seconds: float
-    gap: list[int] = field(default_factory=list)  # frames of the current Frames since then
+    frames_missed: int = 0  # since then
+    gap: list[int] = field(default_factory=list)  # those of them that are in the current Frames
 
 
 class Linker:
@@ -63,6 +64,7 @@ class Linker:
             for live in self._live:
                 if id(live) not in matched:
                     live.gap.append(frame)
+                    live.frames_missed += 1
             for column, face in enumerate(here):
                 if column not in taken:
                     live = _Live(self._next_id, faces.xyxy[face], now)
@@ -86,12 +88,12 @@ class Linker:
 
     @staticmethod
     def _see(live: _Live, box: F32, now: float) -> None:
-        live.box, live.seen_seconds = box, now
+        live.box, live.seen_seconds, live.frames_missed = box, now, 0
         live.gap.clear()
 
     def _goes_on(self, live: _Live, now: float) -> bool:
         s = self._settings
-        return now - live.seen_seconds <= s.max_gap_seconds or len(live.gap) <= s.max_gap_frames
+        return now - live.seen_seconds <= s.max_gap_seconds or live.frames_missed <= s.max_gap_frames
 
 
 def _make_tracks(rows: list[tuple[int, int, int]], boxes: list[F32], frames: Frames, faces: Faces) -> Tracks:

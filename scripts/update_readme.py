@@ -27,7 +27,8 @@ def engine_table(result: dict[str, Any]) -> str:
     ]
     for row in result["timing"]:
         lines.append(
-            f"| {row['system']} | {row['median_s']:.2f} | {row['min_s']:.2f} to {row['max_s']:.2f} | {row['ratio']:.1f}x |"
+            f"| {row['system']} | {row['median_s']:.2f} | {row['min_s']:.2f} to {row['max_s']:.2f} "
+            f"| {row['ratio']:.1f}x |"
         )
     both = "; ".join(
         f"`{mode}` mean {agreement[mode]['mean_abs_difference']:.4f}, max {agreement[mode]['max_abs_difference']:.4f}"
@@ -35,15 +36,16 @@ def engine_table(result: dict[str, Any]) -> str:
     )
     lines += [
         "",
-        f"The scores agree: absolute difference of p_fake to the first row over {len(result['videos'])} videos: {both}.",
+        "The scores agree: absolute difference of p_fake to the first row "
+        f"over {len(result['videos'])} videos: {both}.",
     ]
     return "\n".join(lines)
 
 
 def ops_table(result: dict[str, Any]) -> str:
     lines = [
-        "Crop, resize and normalise from 1080p YUV 4:2:0 to a float32 tensor, one thread, median of 200, against OpenCV's "
-        "way (convert the frame, crop, INTER_AREA, normalise, transpose):",
+        "Crop, resize and normalise from 1080p YUV 4:2:0 to a float32 tensor, one thread, median of 200, against "
+        "OpenCV's way (convert the frame, crop, INTER_AREA, normalise, transpose):",
         "",
         "| case | OpenCV ms | dfengine ms (area) | dfengine ms (triangle) | faster (area) |",
         "|---|---|---|---|---|",

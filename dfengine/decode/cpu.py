@@ -104,7 +104,8 @@ class CpuVideo:
             source = open(source, "rb")  # noqa: SIM115 - PyAV takes names in UTF-8 only; the container closes it
         try:
             # Only local files: a container must not make the engine fetch something.
-            container = av.open(source, options={"protocol_whitelist": "file"})
+            # Titles that are not UTF-8 are no reason to fail.
+            container = av.open(source, options={"protocol_whitelist": "file"}, metadata_errors="replace")
         except av.FFmpegError as error:
             raise NotAVideo(
                 f"no video container was recognised ({_text(error)}); dfengine reads what FFmpeg reads",
@@ -207,7 +208,8 @@ class CpuVideo:
         seconds: list[float] = []
         is_key: list[bool] = []
         shown: list[bool] = []
-        timed = True
+        # AVI states the order of decoding only; the times that FFmpeg guesses from it are wrong with B-pictures.
+        timed = self._container.format.name != "avi"
         last_end = 0.0
         try:
             for packet in self._container.demux():
@@ -246,7 +248,8 @@ class CpuVideo:
             return 0.0
         start = (self._container.start_time or 0) / av.time_base
         stated = self._container.duration / av.time_base
-        missing = start + stated - last_end
+        # Matroska states where the last frame ends, the others how long it takes from the first.
+        missing = stated - last_end + (0.0 if "matroska" in self._container.format.name else start)
         slack = max(TRUNCATION_SLACK_SECONDS, TRUNCATION_SLACK_RATIO * stated)
         return missing if missing > slack else 0.0
 
@@ -313,8 +316,9 @@ class CpuVideo:
                     self._damaged += 1
                     continue
                 for frame in frames:
-                    if packets.timed and frame.time is not None:
-                        at = frame.time
+                    if packets.timed and frame.pts is not None:
+                        # Not frame.time: PyAV gives frames that a flush brings out no time base, and so no time.
+                        at = float(frame.pts * (self._stream.time_base or 0))
                     else:
                         at = float(packets.timeline[min(self.frames_decoded, len(packets.timeline) - 1)])
                     self.frames_decoded += 1
