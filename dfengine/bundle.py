@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -136,7 +137,7 @@ class Bundle:
             data = json.loads((folder / "bundle.json").read_bytes())
         except FileNotFoundError:
             raise BundleNotFound("there is no bundle.json in this folder", path=folder, stage="bundle") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise BundleError(f"bundle.json cannot be read ({error})", path=folder, stage="bundle") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         if not isinstance(version, int):
@@ -148,29 +149,31 @@ class Bundle:
                 stage="bundle",
             )
         try:
-            loaded = _build(cls, data | {"folder": folder}, "")
-        except (TypeError, ValueError) as error:
+            loaded = dataclasses.replace(_build(cls, data, ""), folder=folder)
+        except (TypeError, ValueError, OverflowError) as error:
             raise BundleError(f"bundle.json: {error}", path=folder, stage="bundle") from None
         loaded._check()
         return loaded
 
     def onnx_bytes(self, member: ModelSpec) -> bytes:
         """The member's ONNX file, verified. Raises BundleError."""
-        path = (self.folder / member.file).resolve()
-        if not path.is_relative_to(self.folder.resolve()) or Path(member.file).is_absolute():
-            raise BundleError(
-                f"member {member.name!r} names the file {member.file!r}, which is outside the bundle",
-                path=self.folder,
-                stage="bundle",
-            )
+        folder = self.folder.resolve()
         try:
-            data = path.read_bytes()
-        except OSError:
+            path = (folder / member.file).resolve()
+            inside = path.is_relative_to(folder) and not Path(member.file).is_absolute()
+            data = path.read_bytes() if inside else b""
+        except (OSError, ValueError, RuntimeError):  # also a NUL in the name, or a link to itself
             raise BundleError(
                 f"member {member.name!r}: its file {member.file!r} is missing or cannot be read; copy the whole folder",
                 path=self.folder,
                 stage="bundle",
             ) from None
+        if not inside:
+            raise BundleError(
+                f"member {member.name!r} names the file {member.file!r}, which is outside the bundle",
+                path=self.folder,
+                stage="bundle",
+            )
         digest = hashlib.sha256(data).hexdigest()
         if digest != member.sha256:
             raise BundleError(
@@ -223,11 +226,14 @@ class Bundle:
 def to_json(bundle: Bundle, *, defaults: bool = True) -> str:
     """The text of a bundle.json that loads as ``bundle``; ``defaults=False`` leaves out what has its default value."""
 
+    def default(f: dataclasses.Field[Any]) -> Any:
+        return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             fields = [f for f in dataclasses.fields(value) if f.metadata.get("json", True)]
-            items = {f.name: getattr(value, f.name) for f in fields if defaults or getattr(value, f.name) != f.default}
-            return {name: plain(v) for name, v in items.items() if defaults or v}
+            items = {f.name: (getattr(value, f.name), f) for f in fields}
+            return {name: plain(v) for name, (v, f) in items.items() if defaults or v != default(f)}
         if isinstance(value, tuple):
             return [plain(v) for v in value]
         return value
@@ -237,7 +243,7 @@ def to_json(bundle: Bundle, *, defaults: bool = True) -> str:
 
 def _find(bundle: PathLikeStr) -> Path:
     packaged = PACKAGED / bundle if isinstance(bundle, str) and Path(bundle).name == bundle else None
-    if packaged is not None and packaged.is_dir():
+    if packaged is not None and (packaged / "bundle.json").is_file():
         return packaged
     folder = Path(bundle)
     if not folder.is_dir():
@@ -255,7 +261,7 @@ def _build(cls: type[T], data: Any, where: str) -> T:
     if not isinstance(data, dict):
         raise TypeError(f"{where or 'the top level'} must be an object, got {type(data).__name__}")
     hints = get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("json", True)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise ValueError(f"unknown key {where}{unknown[0]!r}; known are {', '.join(sorted(known))}")
@@ -286,4 +292,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise TypeError(f"{where} must be {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(value):  # json reads NaN and Infinity
+        raise ValueError(f"{where} must be finite, got {value}")
     return value

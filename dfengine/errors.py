@@ -39,7 +39,10 @@ __all__ = [
 
 def display_path(path: str | PathLike[str]) -> str:
     """A path as text that can be printed and encoded: bytes that are not UTF-8 become ``\\xNN``."""
-    return fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        return fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # no name of a file, but what JSON may hold: half of a surrogate pair
+        return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class DfengineError(Exception):

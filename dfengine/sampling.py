@@ -45,6 +45,10 @@ def parse_mode(text: str) -> Mode:
 MAX_SNAP_FRAMES = 8
 
 
+# Numbers in a policy stay below a million: 9 hours at 30 frames a second. More would be a slip, and cost memory.
+_MAX_DIGITS = 6
+
+
 @dataclass(frozen=True)
 class Policy:
     """A parsed sampling policy."""
@@ -63,11 +67,11 @@ class Policy:
         if (
             parts[0] not in ("uniform", "every", "first")
             or not 1 <= len(numbers) <= 2
-            or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers)
+            or not all(n.isascii() and n.isdigit() and 0 < len(n.lstrip("0")) <= _MAX_DIGITS for n in numbers)
         ):
             raise OptionError(
                 f"sampling policy {text!r} is not understood; write uniform:N, every:K or first:N with a positive "
-                "number, and :MAX behind it to limit the frames (every:10:17)"
+                "number below a million, and :MAX behind it to limit the frames (every:10:17)"
             )
         return cls(parts[0], int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None)  # type: ignore[arg-type]
 

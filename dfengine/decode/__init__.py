@@ -23,6 +23,9 @@ _STILL_IMAGES = (
 )
 _STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # ISO base media files that hold an image
 
+# Text formats by which FFmpeg would open other files; it passes over bytes in them that no text has.
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0")
+
 
 def open_video(path: PathLikeStr, *, threads: int = 1) -> CpuVideo:
     """Opens a video for decoding on the CPU; use it as a context manager.
@@ -74,6 +77,8 @@ def _other_kind(head: bytes) -> str:
         return "a still image (WebP)"
     if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
         return f"a still image ({head[8:12].decode('ascii')})"
+    if head.startswith(_PLAYLISTS):
+        return "a playlist"
     # Text is refused before FFmpeg sees it: playlists (HLS, concat, DASH) would make it open other files.
     # YUV4MPEG2 is the one video format that begins with text.
     if not head.startswith(b"YUV4MPEG2") and not any(b < 9 or 13 < b < 32 for b in head):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import chain
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -56,7 +55,11 @@ _MATRICES = {
     9: "bt2020",
     10: "bt2020",
 }
+# Containers that FFmpeg may look for in a file: all but those that name other files or addresses to read from.
+_REFERRING = {"concat", "dash", "hls", "imf", "lavfi", "rtsp", "sap", "sdp", "vobsub", "webm_dash_manifest"}
+_FORMATS = ",".join(sorted(av.formats_available - _REFERRING))
 _LIMITED, _FULL = 1, 2  # AVColorRange
+_ENCRYPTED = "the video is encrypted; score a decrypted copy"
 _ENCRYPTED_TAGS = ("encv", "drmi")  # sample entries of ISO 23001-7 and of FairPlay
 
 
@@ -75,6 +78,7 @@ class CpuVideo:
         self.frames_decoded = 0
         self._threads = threads
         self._damaged = 0
+        self._file: BinaryIO | None = None
         self._container, self._stream = self._open()
         try:
             self._check_stream()
@@ -85,47 +89,52 @@ class CpuVideo:
     def __enter__(self) -> CpuVideo:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Releases the file and the decoder. Frames that were handed out stay valid."""
         self._container.close()
+        if self._file is not None:
+            self._file.close()
 
     # -- opening -------------------------------------------------------------------------------------------------
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
-        source: Any = os.fspath(self.path)
-        try:
-            os.fsencode(source).decode("utf-8")
-        except UnicodeDecodeError:
-            source = open(source, "rb")  # noqa: SIM115 - PyAV takes names in UTF-8 only; the container closes it
-        try:
-            # Only local files: a container must not make the engine fetch something.
-            # Titles that are not UTF-8 are no reason to fail.
-            container = av.open(source, options={"protocol_whitelist": "file"}, metadata_errors="replace")
-        except av.FFmpegError as error:
-            raise NotAVideo(
-                f"no video container was recognised ({_text(error)}); dfengine reads what FFmpeg reads",
-                path=self.path,
-                stage="open",
-            ) from None
-        name = container.format.name
-        if name == "image2" or name.endswith("_pipe") or name == "tty":
-            container.close()
-            raise NotAVideo(
-                f"this is a still image or text (FFmpeg format '{name}'), not a video",
-                path=self.path,
-                stage="open",
-            )
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams:
-            kinds = sorted({s.type for s in container.streams}) or ["no"]
-            cover = " and a cover picture" if container.streams.video else ""
-            container.close()
-            raise NotAVideo(f"there is no video stream, only {', '.join(kinds)}{cover}", path=self.path, stage="open")
+        name = os.fspath(self.path)
+        source: Any = f"file:{name}"  # a bare name with a colon in it is an address to FFmpeg
+        with ExitStack() as undo:
+            try:
+                os.fsencode(name).decode("utf-8")
+            except UnicodeDecodeError:  # PyAV takes names in UTF-8 only
+                source = self._file = undo.enter_context(open(name, "rb"))
+            try:
+                # Only local files: a container must not make the engine fetch something.
+                # Titles that are not UTF-8 are no reason to fail.
+                options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+                container = av.open(source, options=options, metadata_errors="replace")
+            except av.FFmpegError as error:
+                raise NotAVideo(
+                    f"no video container was recognised ({_text(error)}); dfengine reads what FFmpeg reads",
+                    path=self.path,
+                    stage="open",
+                ) from None
+            undo.callback(container.close)
+            form = container.format.name
+            if form in ("image2", "ico", "tty") or form.endswith("_pipe"):
+                raise NotAVideo(
+                    f"this is a still image or text (FFmpeg format '{form}'), not a video",
+                    path=self.path,
+                    stage="open",
+                )
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                kinds = sorted({s.type for s in container.streams}) or ["headers"]
+                cover = " and a cover picture" if container.streams.video else ""
+                raise NotAVideo(
+                    f"there is no video stream, only {', '.join(kinds)}{cover}", path=self.path, stage="open"
+                )
+            undo.pop_all()
         return container, streams[0]
 
     def _check_stream(self) -> None:
@@ -133,7 +142,7 @@ class CpuVideo:
         if codec is None:
             raise UnsupportedVideo("FFmpeg has no decoder for this video stream", path=self.path, stage="open")
         if codec.codec_tag in _ENCRYPTED_TAGS:
-            raise UnsupportedVideo("the video is encrypted; score a decrypted copy", path=self.path, stage="open")
+            raise UnsupportedVideo(_ENCRYPTED, path=self.path, stage="open")
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width * height > MAX_PIXELS:
             raise UnsupportedVideo(
@@ -211,6 +220,7 @@ class CpuVideo:
         # AVI states the order of decoding only; the times that FFmpeg guesses from it are wrong with B-pictures.
         timed = self._container.format.name != "avi"
         last_end = 0.0
+        length_bytes = _nal_length_bytes(self._stream.codec_context)
         try:
             for packet in self._container.demux():
                 if packet.size == 0 or packet.time_base is None:
@@ -220,10 +230,13 @@ class CpuVideo:
                     last_end = max(last_end, float((stamp + (packet.duration or 0)) * packet.time_base))
                 if packet.stream.index != self._stream.index:
                     continue
+                # Not told by the codec tag: FFmpeg replaces that with the tag of the plain codec.
+                if packet.has_sidedata("encryption_info"):
+                    raise UnsupportedVideo(_ENCRYPTED, path=self.path, stage=STAGE)
                 if packet.pts is None:
                     timed = False
                 seconds.append(float(stamp * packet.time_base) if stamp is not None else np.nan)
-                is_key.append(packet.is_keyframe)
+                is_key.append(packet.is_keyframe and (length_bytes == 0 or _is_intra(bytes(packet), length_bytes)))
                 shown.append(not packet.is_discard)
         except av.FFmpegError as error:
             self.warnings.append(f"reading stopped after {len(seconds)} video packets ({_text(error)})")
@@ -239,7 +252,9 @@ class CpuVideo:
         if missing > 0:
             self.warnings.append(f"the file is truncated: {missing:.2f} s are stated but not there")
             step = float(np.median(np.diff(timeline))) if len(timeline) > 1 else 1 / rate
-            stated = np.concatenate([timeline, np.arange(timeline[-1] + step, timeline[-1] + missing, max(step, 1e-3))])
+            # A file with less than a fifth of its frames is refused anyway; a header may state any duration.
+            lost = min(int(missing / step), 4 * len(timeline) + 1000)
+            stated = np.concatenate([timeline, timeline[-1] + step * np.arange(1, lost + 1)])
         return _Packets(times, np.array(is_key, bool), timeline, stated, timed)
 
     def _missing_seconds(self, last_end: float) -> float:
@@ -284,7 +299,7 @@ class CpuVideo:
         # A fresh decoder on a fresh demuxer, not a seek. Note [First packet first]: x264 tells its version only in
         # the first packet, and decoders need it to read old 4:4:4 streams: without it those frames turn green. So
         # the first packet is always decoded, also where the first wanted frame is far behind it.
-        self._container.close()
+        self.close()
         self._container, self._stream = self._open()
         codec = self._stream.codec_context
         codec.options = {"max_pixels": str(MAX_PIXELS)}  # sizes may change mid-stream
@@ -347,6 +362,36 @@ class _Packets:
         ranks = nearest(self.timeline_stated, np.concatenate([[at], targets]))
         allowed = MAX_SNAP_FRAMES if mode == "reference" else 0
         return int(np.count_nonzero(np.abs(ranks[1:] - ranks[0]) <= allowed))
+
+
+def _nal_length_bytes(codec: CodecContext) -> int:
+    """Size of the length in front of each NAL unit of H.264 in mp4 and Matroska (ISO 14496-15); 0 for all else."""
+    avcc = codec.extradata or b""
+    return (avcc[4] & 3) + 1 if codec.name == "h264" and len(avcc) > 4 and avcc[0] == 1 else 0
+
+
+def _is_intra(packet: bytes, length_bytes: int) -> bool:
+    """Whether a packet of H.264 begins a picture without prediction from others.
+
+    Encoders that refresh intra in columns flag the start of each refresh as a key frame; it is predicted all the same.
+    """
+    at = 0
+    while at + length_bytes < len(packet):
+        size = int.from_bytes(packet[at : at + length_bytes], "big")
+        at += length_bytes
+        kind = packet[at] & 31
+        if kind == 5:  # IDR
+            return True
+        if kind == 1:  # a slice: first_mb_in_slice and slice_type follow, as Exp-Golomb codes (ITU-T H.264, 7.3.3)
+            bits = "".join(f"{b:08b}" for b in packet[at + 1 : at + 9])
+            codes: list[int] = []
+            while len(codes) < 2:
+                zeros = len(bits) - len(bits.lstrip("0"))
+                codes.append(int(bits[zeros : 2 * zeros + 1] or "0", 2) - 1)
+                bits = bits[2 * zeros + 1 :]
+            return codes[1] % 5 in (2, 4)  # I, SI
+        at += size
+    return False
 
 
 def _take(
