@@ -21,7 +21,8 @@
 namespace dfengine {
 
 enum class Filter {
-  kTriangle,  // antialiased: a tent whose width follows the scale; bilinear when enlarging. PIL's BILINEAR.
+  kTriangle,  // antialiased: a tent whose width follows the scale; bilinear when enlarging. PIL's BILINEAR, but for
+              // the rim of the picture, where PIL drops what lies outside and `Padding` rules here.
   kArea,  // mean over whole pixels, bin edges floor/ceil: torch's adaptive average pooling ("area")
   kBilinear,  // two taps, no antialiasing: torch's and OpenCV's plain bilinear
 };

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -184,11 +183,6 @@ class Bundle:
             )
         return data
 
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over bundle.json and so, through the hashes in it, over the weights."""
-        return hashlib.sha256((self.folder / "bundle.json").read_bytes()).hexdigest()
-
     def member(self, name: str) -> ModelSpec:
         for member in self.members:
             if member.name == name:
@@ -196,31 +190,33 @@ class Bundle:
         raise BundleError(f"there is no member {name!r} in the bundle", path=self.folder, stage="bundle")
 
     def _check(self) -> None:
+        """Refuses what loads but could not score: wrong files, and numbers outside their range."""
+
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise BundleError(message, path=self.folder, stage="bundle")
+
         names = [m.name for m in self.members]
-        if not names or len(set(names)) != len(names):
-            raise BundleError(
-                f"members must be at least one, with different names; got {names}",
-                path=self.folder,
-                stage="bundle",
+        require(
+            len(names) > 0 and len(set(names)) == len(names),
+            f"members must be at least one, with different names; got {names}",
+        )
+        for m in self.members:
+            who = f"member {m.name!r} has"
+            require(m.weight > 0, f"{who} weight {m.weight}; weights are positive")
+            require(m.kind == "detector" or min(m.input_hw) > 0, f"{who} input_hw {m.input_hw}; sizes are positive")
+            require(min(m.std) > 1e-6, f"{who} std {m.std}; each must be above 1e-6, on RGB in 0..1")
+            require(
+                m.margin_ratio > -1, f"{who} margin_ratio {m.margin_ratio}; above -1, or nothing of the box is left"
             )
-        for member in self.members:
-            if member.weight <= 0:
-                raise BundleError(
-                    f"member {member.name!r} has weight {member.weight}; weights are positive",
-                    path=self.folder,
-                    stage="bundle",
-                )
-            if member.kind != "detector" and min(member.input_hw) <= 0:
-                raise BundleError(
-                    f"member {member.name!r} has input_hw {member.input_hw}", path=self.folder, stage="bundle"
-                )
-            self.onnx_bytes(member)
-        if self.calibration.temperature <= 0:
-            raise BundleError(
-                f"calibration.temperature is {self.calibration.temperature}; it must be positive",
-                path=self.folder,
-                stage="bundle",
-            )
+            self.onnx_bytes(m)
+        for name, value, low, high in (
+            ("calibration.temperature", self.calibration.temperature, 0, float("inf")),
+            ("detector.pyramid_factor", self.detector.pyramid_factor, 0, 1),
+            ("tracking.min_iou", self.tracking.min_iou, 0, 1),
+        ):
+            require(low < value < high, f"{name} is {value}; it must be above {low} and below {high}")
+        require(self.schema_version >= 1, f"schema_version is {self.schema_version}; versions begin at 1")
 
 
 def to_json(bundle: Bundle, *, defaults: bool = True) -> str:

@@ -23,7 +23,7 @@ class OpenVinoSession:
     """A compiled network with one single-threaded inference stream per thread it may use.
 
     Streams do not share work, so a batch is cut into as many parts as there are streams. That uses all cores for one
-    caller, lets several callers share them, and makes a row's result independent of who else is running.
+    caller, and lets several callers share them. How a batch is cut moves a result by rounding only.
     """
 
     def __init__(self, name: str, onnx: bytes, *, threads: int) -> None:

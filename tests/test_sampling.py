@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfengine.errors import OptionError
+from dfengine.sampling import Policy, nearest, parse_mode, plan_segments
+
+
+def cfr(n: int, rate: float = 25.0) -> np.ndarray:
+    return np.arange(n) / rate
+
+
+def frames_of(policy: str, timeline: np.ndarray) -> list[int]:
+    """Which frames a policy keeps, as exact mode does it."""
+    wanted = Policy.parse(policy).wanted_seconds(timeline)
+    return np.unique(nearest(timeline, wanted)).tolist() if len(timeline) else []
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "count", "limit"),
+    [
+        ("uniform:17", "uniform", 17, None),
+        ("17", "uniform", 17, None),
+        (" every:6 ", "every", 6, None),
+        ("every:10:17", "every", 10, 17),
+        ("first:60", "first", 60, None),
+        ("first:1:1", "first", 1, 1),
+        ("uniform:007", "uniform", 7, None),
+        ("every:999999:999999", "every", 999999, 999999),
+    ],
+)
+def test_policy_parses(text: str, kind: str, count: int, limit: int | None) -> None:
+    policy = Policy.parse(text)
+    assert (policy.kind, policy.count, policy.limit) == (kind, count, limit)
+    assert Policy.parse(str(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":",
+        "0",
+        "-3",
+        "1.5",
+        "all",
+        "uniform",
+        "uniform:",
+        "uniform:0",
+        "uniform:-1",
+        "uniform:x",
+        "uniform:5:",
+        "uniform:5:0",
+        "uniform:5:5:5",
+        "Every:3",
+        "every :3",
+        "every:٣",  # a digit to str.isdigit, but not ASCII
+        "every:²",
+        "5:every",
+        "uniform:1000000",
+        "uniform:5:1000000",
+        "first:" + "9" * 5000,  # more digits than int() takes
+    ],
+)
+def test_policy_refuses(text: str) -> None:
+    with pytest.raises(OptionError, match="is not understood; write uniform:N, every:K or first:N"):
+        Policy.parse(text)
+
+
+def test_mode_parses() -> None:
+    assert [parse_mode(m) for m in ("exact", "reference")] == ["exact", "reference"]
+    with pytest.raises(OptionError, match="sampling mode must be exact or reference, got 'Exact'"):
+        parse_mode("Exact")
+
+
+@pytest.mark.parametrize(
+    ("policy", "n", "expected"),
+    [
+        ("uniform:5", 0, []),
+        ("uniform:5", 1, [0]),
+        ("uniform:5", 3, [0, 1, 2]),  # more wanted than there are: each once
+        ("uniform:1", 5, [2]),
+        ("uniform:2", 5, [0, 4]),
+        ("uniform:5:2", 9, [0, 2]),
+        ("every:3", 0, []),
+        ("every:3", 1, [0]),
+        ("every:3", 8, [0, 3, 6]),
+        ("every:9", 8, [0]),
+        ("every:3:2", 8, [0, 3]),
+        ("first:3", 0, []),
+        ("first:3", 2, [0, 1]),
+        ("first:3", 8, [0, 1, 2]),
+        ("first:3:1", 8, [0]),
+    ],
+)
+def test_wanted_frames(policy: str, n: int, expected: list[int]) -> None:
+    assert frames_of(policy, cfr(n)) == expected
+
+
+@pytest.mark.parametrize("rate", [25.0, 30000 / 1001])
+@pytest.mark.parametrize("start", [0.0, 7.125])
+@pytest.mark.parametrize(("n", "count"), [(1, 17), (2, 17), (17, 17), (40, 17), (300, 15), (300, 30), (301, 30)])
+def test_uniform_is_linspace_over_the_frames_of_a_constant_rate(n: int, count: int, rate: float, start: float) -> None:
+    timeline = start + cfr(n, rate)
+    ideal = np.linspace(0, n - 1, count)
+    got = nearest(timeline, Policy.parse(f"uniform:{count}").wanted_seconds(timeline))
+    # A place half-way between two frames may go to either; all others have one answer.
+    half_way = np.abs(ideal - np.floor(ideal) - 0.5) < 1e-6
+    assert np.array_equal(got[~half_way], np.rint(ideal)[~half_way])
+    assert (np.abs(got - ideal)[half_way] < 0.5 + 1e-6).all()
+
+
+# The frames that five published systems take, as their code computes them: (policy, frames of a video of n).
+SYSTEMS = [
+    ("every:6", lambda n: range(0, n, 6)),
+    ("every:2:1440", lambda n: list(range(0, n, 2))[:1440]),
+    ("every:10:17", lambda n: list(range(0, n, 10))[:17]),
+    ("first:60", lambda n: range(min(n, 60))),
+    ("uniform:30", lambda n: np.unique(np.rint(np.linspace(0, n - 1, 30)).astype(int))),
+    ("uniform:15", lambda n: np.unique(np.rint(np.linspace(0, n - 1, 15)).astype(int))),
+]
+
+
+# 300 frames are a DFDC clip; the other lengths avoid ties, and reach over the limits of the policies.
+@pytest.mark.parametrize("n", [1, 2, 59, 61, 300, 3001])
+@pytest.mark.parametrize(("policy", "frames"), SYSTEMS, ids=[p for p, _ in SYSTEMS])
+def test_policies_express_the_frames_of_known_systems(policy: str, frames, n: int) -> None:
+    assert frames_of(policy, cfr(n, 30000 / 1001)) == list(frames(n))
+
+
+def test_variable_rate_is_sampled_by_time_and_counted_by_frame() -> None:
+    # 20 frames in the first second, then one a second: half of the wanted times lie in the sparse part.
+    timeline = np.concatenate([np.arange(20) / 20, np.arange(1.0, 11.0)])
+    assert frames_of("uniform:11", timeline) == [0, *range(20, 29), 29]
+    assert frames_of("every:10", timeline) == [0, 10, 20]
+    assert frames_of("first:2", timeline) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted", "expected"),
+    [
+        ([0.0, 1.0], [], []),
+        ([3.0], [-1.0, 3.0, 9.0], [0, 0, 0]),
+        ([0.0, 1.0, 2.0], [-5.0, 0.4, 0.6, 2.0, 7.0], [0, 0, 1, 2, 2]),
+        ([0.0, 1.0, 2.0], [0.5, 1.5], [0, 1]),  # a tie goes to the earlier
+    ],
+)
+def test_nearest(values: list[float], wanted: list[float], expected: list[int]) -> None:
+    assert nearest(np.array(values), np.array(wanted)).tolist() == expected
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(seconds, is_key, wanted): packets in decoding order, with open groups and reordered pictures in them."""
+    seconds: list[float] = []
+    is_key: list[bool] = []
+    shown = 0
+    for _ in range(draw(st.integers(1, 6))):
+        leading = draw(st.integers(0, 3)) if seconds else 0  # shown before their key frame, decoded after it
+        trailing = draw(st.permutations(range(draw(st.integers(0, 6)))))
+        seconds += [shown + leading, *range(shown, shown + leading), *(shown + leading + 1 + t for t in trailing)]
+        is_key += [True] + [False] * (leading + len(trailing))
+        shown += leading + 1 + len(trailing)
+    wanted = draw(st.lists(st.floats(-1, shown + 1), min_size=1, max_size=8))
+    return np.array(seconds, float), np.array(is_key), np.sort(wanted)
+
+
+@settings(max_examples=300, deadline=None)
+@given(streams())
+def test_segments_hold_what_the_wanted_times_need(stream: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    seconds, is_key, wanted = stream
+    timeline = np.sort(seconds)
+    segments = list(plan_segments(seconds, is_key, wanted))
+
+    assert all(s.first < s.end for s in segments)
+    assert all(a.end <= b.first for a, b in itertools.pairwise(segments)), "segments overlap"
+    served = np.concatenate([np.arange(len(wanted))[s.wanted] for s in segments])
+    assert served.tolist() == list(range(len(wanted))), "each wanted time belongs to one segment, in order"
+    for segment in segments:
+        assert is_key[segment.first]
+        usable = seconds[segment.first : segment.end]
+        usable = usable[usable >= segment.begin_seconds]
+        for want in wanted[segment.wanted]:
+            right = np.searchsorted(timeline, want)
+            # The frames at or around the wanted time: whichever is nearer, it must be in the run.
+            around = timeline[max(right - 1, 0) : right + 1]
+            assert np.isin(around, usable).all()
+
+
+@pytest.mark.parametrize(
+    ("is_key", "reason"),
+    [
+        ([False] * 6, "no key frame is known"),
+        ([False, False, True, False, False, False], "the stream begins inside a group"),
+    ],
+)
+def test_first_packets_are_used_also_without_a_key_frame(is_key: list[bool], reason: str) -> None:
+    segments = list(plan_segments(np.arange(6.0), np.array(is_key), np.array([0.0, 1.0])))
+    assert (segments[0].first, segments[0].begin_seconds) == (0, -np.inf), reason
+
+
+def test_key_frames_out_of_order_are_not_trusted() -> None:
+    seconds = np.array([4.0, 5.0, 0.0, 1.0, 2.0, 3.0])
+    is_key = np.array([True, False, True, False, False, False])
+    (segment,) = plan_segments(seconds, is_key, np.array([0.0, 5.0]))
+    assert (segment.first, segment.end) == (0, 6)
+
+
+def test_segments_leave_out_what_is_not_needed() -> None:
+    is_key = np.arange(100) % 10 == 0
+    segments = list(plan_segments(np.arange(100.0), is_key, np.array([0.0, 55.0, 99.0])))
+    assert [(s.first, s.end) for s in segments] == [(0, 11), (50, 61), (90, 100)]
