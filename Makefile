@@ -40,5 +40,12 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.engine --videos $(VIDEOS)
 	$(BIN)/python scripts/update_readme.py
 
+# The default bundle, from photos alone: make train-default PHOTOS=path/to/portraits (see training/README.md).
+train-default: $(VENV)/dev.stamp
+	$(BIN)/python -m training.faces --photos $(PHOTOS) --out runs/faces.npz
+	$(BIN)/python -m training.train --faces runs/faces.npz --out runs/default --seed 0 --minutes 34
+	$(BIN)/python -m training.evaluate --faces runs/faces.npz --run runs/default
+	$(BIN)/python -m training.export runs/default --out dfengine/bundles/default
+
 clean:
 	rm -rf build $(VENV)

