@@ -64,10 +64,11 @@ def default_note(bundle: dict[str, Any]) -> str:
         for what in ("auc", "sharpness_auc")
     }
     return (
-        f"  On {held_out['people']} people it had not seen, at three levels of compression, it tells a real face from a "
-        f"self-blended one\n  with an AUC of {ranges['self_blended', 'auc']} (sharpness of the crop alone: "
-        f"{ranges['self_blended', 'sharpness_auc']}), and from a swapped one with {ranges['swap', 'auc']}\n  (sharpness "
-        f"alone: {ranges['swap', 'sharpness_auc']}); .5 is chance. All numbers: [training/README.md](training/README.md)."
+        f"  On {held_out['people']} people it had not seen, at three levels of compression, it tells a real face from "
+        f"a self-blended one\n  with an AUC of {ranges['self_blended', 'auc']} (sharpness of the crop alone: "
+        f"{ranges['self_blended', 'sharpness_auc']}), and from a swapped one with {ranges['swap', 'auc']}\n"
+        f"  (sharpness alone: {ranges['swap', 'sharpness_auc']}); .5 is chance. "
+        "All numbers: [training/README.md](training/README.md)."
     )
 
 
