@@ -156,14 +156,21 @@ def test_round_trip(tmp_path, bundle, defaults):
     assert same(Bundle.load(folder), bundle)
 
 
-@pytest.mark.parametrize("defaults", [True, False])
+def holds(full, stored):
+    """Whether everything in ``stored`` is in ``full``, which may say more."""
+    if isinstance(stored, dict):
+        return all(key in full and holds(full[key], value) for key, value in stored.items())
+    if isinstance(stored, list):
+        return len(full) == len(stored) and all(map(holds, full, stored))
+    return full == stored
+
+
 @pytest.mark.parametrize("name", PACKAGED_NAMES)
-def test_round_trip_of_packaged_bundles(name, defaults):
+def test_round_trip_of_packaged_bundles(name):
     bundle = Bundle.load(name)
-    data = json.loads(to_json(bundle, defaults=defaults))
-    assert "folder" not in data
-    if not defaults:
-        assert data == json.loads((bundle.folder / "bundle.json").read_text("utf-8"))
+    full = json.loads(to_json(bundle))
+    assert "folder" not in full
+    assert holds(full, json.loads((bundle.folder / "bundle.json").read_text("utf-8")))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -187,8 +187,9 @@ def test_segments_hold_what_the_wanted_times_need(stream: tuple[np.ndarray, np.n
         usable = usable[usable >= segment.begin_seconds]
         for want in wanted[segment.wanted]:
             right = np.searchsorted(timeline, want)
-            # The frames at or around the wanted time: whichever is nearer, it must be in the run.
-            around = timeline[max(right - 1, 0) : right + 1]
+            # The frame at the wanted time, or else those around it: whichever is nearer, it must be in the run.
+            at = right < len(timeline) and timeline[right] == want
+            around = timeline[right : right + 1] if at else timeline[max(right - 1, 0) : right + 1]
             assert np.isin(around, usable).all()
 
 
