@@ -38,7 +38,8 @@ class DetectorSettings:
     # A frame whose brightest pixels (99th percentile of luma, 0..255) stay below this gets a second try, brightened.
     # 150 is the limit of github.com/zengm71/DeepFakeChallenge, which names dark frames as its main misses.
     dark_below: float = 150.0
-    # Noise is amplified too: beyond this the second try finds texture, not faces.
+    # A gain of 6 spreads the last 42 of 255 levels over the whole range; what is darker holds little but noise and
+    # quantisation. Chosen, not fitted.
     max_gain: float = 6.0
 
 
@@ -57,11 +58,11 @@ class TrackingSettings:
     # Share of the sampled frames a person must be detected in. False faces are brief: the 3rd place of the DFDC
     # (NTech-Lab) asks for 7 of about 50 boxes (14 %), the 5th for a run of 30 of 300 frames (10 %).
     min_detected_ratio: float = 0.15
-    # Median confidence of a person. Hands, T-shirts and paintings pass MTCNN's own .7 now and then; teams of the DFDC
-    # (seed system 003) went to .9 for every single face. The median over time keeps faces that blur for a moment.
+    # Median confidence of a person. Hands, T-shirts and paintings pass MTCNN's own .7 now and then; a team of the
+    # DFDC (zengm71) went to .9 for every single face. The median over time keeps faces that blur for a moment.
     min_confidence: float = 0.9
     # Side of a person's face against the largest face. SelfBlendedImages scores faces of at least half the largest
-    # *area* (.71 of the side); people who sit at different depths need more room.
+    # *area* (.71 of the side); people who sit at different depths need more room. Chosen, not fitted.
     min_relative_side: float = 0.35
     # Prints and paintings before a fixed camera: movement of the landmarks in the frame, in box sides (root mean
     # square). Measured with this detector: 24 photographs under camera noise, re-encoded at CRF 26, at most .0053; the
@@ -71,7 +72,7 @@ class TrackingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregation:
-    """frames -> track (per member), members -> track, tracks -> video; constants are fitted, not chosen."""
+    """frames -> track (per member), members -> track, tracks -> video."""
 
     frames: Literal["mean", "logit_mean", "median"] = "logit_mean"
     members: Literal["mean", "geometric_mean", "logit_mean"] = "logit_mean"

@@ -30,7 +30,6 @@ from rich.text import Text
 
 from dfengine import __version__, results
 from dfengine.batch import expand_inputs
-from dfengine.bundle import Bundle
 from dfengine.engine import Engine
 from dfengine.errors import DfengineError
 from dfengine.info import build_info, devices, packaged_bundles
@@ -117,11 +116,9 @@ def score(
             advance(result)
     if not json:
         _print_scores(done, quiet=quiet)
-        if not quiet and Bundle.load(bundle).experimental:
-            print(
-                f"note: the bundle '{bundle}' is experimental; see its provenance: dfengine info",
-                file=sys.stderr,
-            )
+        if not quiet and engine.bundle.experimental:
+            made = engine.bundle.folder / "bundle.json"
+            print(f"note: the bundle is experimental; how it was made and measured: {made}", file=sys.stderr)
     raise typer.Exit(SOME_FAILED if failed else OK)
 
 

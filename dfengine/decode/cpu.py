@@ -45,7 +45,6 @@ _TRUSTED_KEYS = ("mov", "matroska")
 # FFmpeg's AVColorSpace (ITU-T H.273 table 4). Anything else, "unspecified" above all, is BT.601: FFmpeg's own
 # rule and therefore that of every training set made with it.
 _MATRICES = {
-    0: "rgb",
     1: "bt709",
     4: "fcc",
     5: "bt601",
@@ -441,7 +440,6 @@ def to_image(frame: VideoFrame) -> Image:
         matrix, full_range = "gray", not limited  # swscale's rule: gray is full range unless tagged
     else:
         matrix = _MATRICES.get(int(frame.colorspace), "bt601")
-        matrix = "bt601" if matrix == "rgb" else matrix
         full_range = int(frame.color_range) == _FULL or layout.name.startswith("yuvj")
     (h, w), (ch, cw) = arrays[0].shape, arrays[-1].shape
     return Image(

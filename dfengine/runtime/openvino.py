@@ -36,7 +36,7 @@ class OpenVinoSession:
                 {
                     "NUM_STREAMS": str(self._streams),
                     "INFERENCE_NUM_THREADS": str(self._streams),
-                    # bfloat16 on CPUs that have it would move scores by up to 0.01 between machines.
+                    # Else OpenVINO takes bfloat16 where the CPU has it, and scores depend on the machine.
                     "INFERENCE_PRECISION_HINT": "f32",
                     "ENABLE_CPU_PINNING": "NO",  # decode threads need the same cores
                 },
