@@ -117,7 +117,7 @@ class Bundle:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     experimental: bool = False
     sampling: str = "uniform:17"
-    sampling_mode: Literal["reference", "exact"] = "reference"
+    sampling_mode: Literal["exact", "reference", "keyframe"] = "reference"
     detector: DetectorSettings = DetectorSettings()
     tracking: TrackingSettings = TrackingSettings()
     aggregation: Aggregation = Aggregation()

@@ -88,7 +88,7 @@ def score(
     frames: Annotated[
         str | None, typer.Option(help="N, uniform:N, every:K or first:N; :MAX limits (every:10:17).")
     ] = None,
-    mode: Annotated[str | None, typer.Option(help="reference (faster) or exact frames.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Frames: exact, reference (faster) or keyframe (fastest).")] = None,
     workers: Annotated[int | None, typer.Option(help="Videos scored at a time; default: one a core.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,

@@ -33,8 +33,8 @@ T = TypeVar("T")
 class Engine:
     """Scores videos. Holds compiled networks, so make one and keep it. Thread-safe; a context manager.
 
-    ``frames``: a sampling policy, or a number N for uniform:N; ``mode``: "reference" or "exact" (see
-    dfengine.sampling). Both default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default
+    ``frames``: a sampling policy, or a number N for uniform:N; ``mode``: "exact", "reference" or
+    "keyframe" (see dfengine.sampling). Both default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default
     one a core. ``memory_bytes``: decoded frames held at a time, by video.
     """
 

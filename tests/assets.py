@@ -115,6 +115,7 @@ B_PYRAMID = x264(
     "h264_bpyramid.mp4", "bframes=3:b-pyramid=normal:b-adapt=0:ref=4:keyint=250:scenecut=0", picture=blinking
 )
 H264_KEYS = x264("h264_keys.mp4", "keyint=5:bframes=2:b-adapt=0", frames=120, container_options=FASTSTART)
+TWO_KEYS = x264("h264_two_keys.mp4", "keyint=90:bframes=1:b-adapt=0:scenecut=0:open-gop=1", frames=150)
 H264_OPEN_GOP = x264("h264_opengop.mp4", "keyint=8:open-gop=1:bframes=3:b-adapt=0:scenecut=0", frames=96)
 H264_REFRESH = x264("h264_intra_refresh.mp4", "intra-refresh=1:keyint=20:bframes=0", frames=90)
 HEVC_OPEN_GOP = x265("hevc_opengop.mp4", "keyint=10:open-gop=1:bframes=4:b-adapt=0", frames=80)

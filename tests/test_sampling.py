@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfengine.errors import OptionError
-from dfengine.sampling import Policy, nearest, parse_mode, plan_segments
+from dfengine.sampling import Policy, nearest, parse_mode, plan_segments, towards_key_frames
 
 
 def cfr(n: int, rate: float = 25.0) -> np.ndarray:
@@ -73,8 +73,8 @@ def test_policy_refuses(text: str) -> None:
 
 
 def test_mode_parses() -> None:
-    assert [parse_mode(m) for m in ("exact", "reference")] == ["exact", "reference"]
-    with pytest.raises(OptionError, match="sampling mode must be exact or reference, got 'Exact'"):
+    assert [parse_mode(m) for m in ("exact", "reference", "keyframe")] == ["exact", "reference", "keyframe"]
+    with pytest.raises(OptionError, match="sampling mode must be exact, reference or keyframe; got 'Exact'"):
         parse_mode("Exact")
 
 
@@ -163,6 +163,7 @@ def streams(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for _ in range(draw(st.integers(1, 6))):
         leading = draw(st.integers(0, 3)) if seconds else 0  # shown before their key frame, decoded after it
         trailing = draw(st.permutations(range(draw(st.integers(0, 6)))))
+        trailing += range(len(trailing), len(trailing) + draw(st.sampled_from([0, 0, 40])))
         seconds += [shown + leading, *range(shown, shown + leading), *(shown + leading + 1 + t for t in trailing)]
         is_key += [True] + [False] * (leading + len(trailing))
         shown += leading + 1 + len(trailing)
@@ -216,3 +217,38 @@ def test_segments_leave_out_what_is_not_needed() -> None:
     is_key = np.arange(100) % 10 == 0
     segments = list(plan_segments(np.arange(100.0), is_key, np.array([0.0, 55.0, 99.0])))
     assert [(s.first, s.end) for s in segments] == [(0, 11), (50, 61), (90, 100)]
+
+
+@pytest.mark.parametrize(("wanted", "runs"), [(74.0, [(0, 100), (100, 200)]), (77.0, [(0, 200)])])
+def test_a_long_rest_before_the_next_key_frame_begins_a_new_run(wanted: float, runs: list[tuple[int, int]]) -> None:
+    segments = list(plan_segments(np.arange(200.0), np.arange(200) % 100 == 0, np.array([3.0, wanted, 101.0])))
+    assert [(s.first, s.end) for s in segments] == runs
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted", "moved"),
+    [
+        ([0, 250], [0, 60, 120, 180, 240, 299], [0, 4, 8, 12, 16, 250]),
+        ([0, 250], [2, 3, 251, 290], [0, 3, 250, 254]),  # never forward
+        ([100], [50, 99, 160, 170], [50, 99, 100, 104]),  # nothing to begin at before the first
+        (range(300), [0, 60, 61, 299], [0, 60, 61, 299]),  # intra only: each is its own key frame
+        ([], [0, 150, 299], [0, 150, 299]),
+        ([0], [10, 100, 350], [0, 4, 350]),  # 350 was cut off and stays lost
+        ([0], [], []),
+    ],
+)
+def test_keyframe_mode_moves_wanted_times_back(keys: list[int], wanted: list[int], moved: list[int]) -> None:
+    timeline = 7.125 + np.arange(300) / 25
+    seconds = lambda frames: 7.125 + np.array(frames, float) / 25  # noqa: E731
+    assert towards_key_frames(seconds(wanted), timeline, seconds(keys)) == pytest.approx(seconds(moved))
+
+
+@given(st.sets(st.integers(0, 199)), st.lists(st.integers(0, 199), max_size=30))
+def test_moved_times_stay_in_order_and_behind_their_key_frame(keys: set[int], frames: list[int]) -> None:
+    timeline = np.arange(200.0)
+    wanted, key_seconds = np.sort(np.array(frames, float)), np.array(sorted(keys), float)
+    moved = towards_key_frames(wanted, timeline, key_seconds)
+    assert (np.diff(moved) >= 0).all()
+    assert (moved <= wanted).all()
+    before = np.searchsorted(key_seconds, wanted, side="right")
+    assert np.array_equal(np.searchsorted(key_seconds, moved, side="right"), before)

@@ -18,7 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from dfengine.errors import DecodeError, InputError, NotAVideo, UnsupportedVideo
-from dfengine.sampling import MAX_SNAP_FRAMES, Mode, Policy, Segment, nearest, plan_segments
+from dfengine.sampling import MAX_SNAP_FRAMES, Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
 from dfengine.types import F64, Bool, Frames, Image, PathLikeStr
 
 STAGE = "decode"
@@ -165,6 +165,8 @@ class CpuVideo:
         wanted = policy.wanted_seconds(packets.timeline_stated)
         if mode == "exact":
             wanted = np.unique(packets.timeline_stated[nearest(packets.timeline_stated, wanted)])
+        elif mode == "keyframe":
+            wanted = towards_key_frames(wanted, packets.timeline, packets.key_seconds)
         found = 0
         images: list[Image] = []
         seconds: list[float] = []
@@ -254,7 +256,8 @@ class CpuVideo:
             # A file with less than a fifth of its frames is refused anyway; a header may state any duration.
             lost = min(int(missing / step), 4 * len(timeline) + 1000)
             stated = np.concatenate([timeline, timeline[-1] + step * np.arange(1, lost + 1)])
-        return _Packets(times, np.array(is_key, bool), timeline, stated, timed)
+        trusted = timed and any(name in self._container.format.name for name in _TRUSTED_KEYS)
+        return _Packets(times, np.array(is_key, bool) & trusted, timeline, stated, timed)
 
     def _missing_seconds(self, last_end: float) -> float:
         """How much of the stated duration no packet of any stream covers, if that is too much for rounding."""
@@ -305,11 +308,9 @@ class CpuVideo:
         # Frame threads wait for each other's reference rows: on two cores four decode 1080p in .65 s, two in .75 s.
         codec.thread_count = 2 * self._threads if self._threads > 1 else 1
         codec.thread_type = "AUTO"
-        if mode == "reference" and packets.timed:
+        if mode != "exact" and packets.timed:
             codec.skip_frame = "NONREF"  # never BIDIR: P-pictures may depend on B-pictures
-        trusted = packets.timed and any(name in self._container.format.name for name in _TRUSTED_KEYS)
-        is_key = packets.is_key if trusted else np.zeros(len(packets.is_key), np.bool_)
-        segments = list(plan_segments(packets.seconds, is_key, wanted))
+        segments = list(plan_segments(packets.seconds, packets.is_key, wanted))
         if segments[0].first > 0:
             segments.insert(0, Segment(0, 1, np.inf, slice(0, 0)))
         demuxed = enumerate(p for p in self._container.demux(self._stream) if p.size > 0)
@@ -350,17 +351,23 @@ class _Packets:
 
     def __init__(self, seconds: F64, is_key: Bool, timeline: F64, timeline_stated: F64, timed: bool) -> None:
         self.seconds = seconds  # by packet, in decoding order
-        self.is_key = is_key
+        self.is_key = is_key  # whether decoding can begin there, as far as the container is to be trusted
         self.timeline = timeline  # of the frames that are there, ascending
         self.timeline_stated = timeline_stated  # also of frames that the header promises and a cut took away
         self.timed = timed  # False: packets carry no presentation time, frames are counted instead
+
+    @property
+    def key_seconds(self) -> F64:
+        """Times of the key frames, ascending; empty where they are out of order and so cannot be trusted."""
+        seconds = self.seconds[self.is_key]
+        return seconds if np.all(np.diff(seconds) > 0) else seconds[:0]
 
     def count_close(self, at: float, targets: F64, mode: Mode) -> int:
         """How many targets the frame at ``at`` may stand for; the others were lost."""
         if len(targets) == 0:
             return 0
         ranks = nearest(self.timeline_stated, np.concatenate([[at], targets]))
-        allowed = MAX_SNAP_FRAMES if mode == "reference" else 0
+        allowed = 0 if mode == "exact" else MAX_SNAP_FRAMES
         return int(np.count_nonzero(np.abs(ranks[1:] - ranks[0]) <= allowed))
 
 
