@@ -7,6 +7,8 @@ original included, so that detections can be compared; what enters the networks 
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +32,10 @@ _CELL = 12  # P-Net's field of view, in pixels
 # smaller box). From the reference implementation.
 _NMS_LEVEL, _NMS_PYRAMID, _NMS_RNET, _NMS_ONET = 0.5, 0.7, 0.7, 0.7
 
+# IoU from which boxes in two frames may be one face. As for tracks, and for the reason given at
+# TrackingSettings.min_iou.
+_SAME_FACE = 0.1
+
 
 class Detector:
     """The cascade, compiled. Thread-safe."""
@@ -43,19 +49,22 @@ class Detector:
         )
         self._input = nets.member("pnet")
 
-    def detect(self, images: Sequence[Image]) -> Faces:
+    def detect(self, images: Sequence[Image], *, stride: int = 1) -> Faces:
         """Finds the faces of each image; ``Faces.frame`` is the index into ``images``.
 
-        Sorted by image, then by falling confidence. An image without a face has no row. Frames of one size share
-        batches; the others change the result for an image by rounding only (below 1e-3 pixels).
+        Sorted by image, then by falling confidence. An image without a face has no row. Images of one size share
+        batches; with a ``stride`` of 1 the others change the result for an image by rounding only (below 1e-3 pixels).
+
+        A larger ``stride`` is for the frames of one video in order of time: every stride-th goes through the whole
+        cascade, and those between are searched where their neighbours have faces (Note [Frames between]).
         """
-        found = [self._detect_sized(images, rows, gain=1.0) for rows in _by_size(images)]
+        found = [self._detect_sized(images, rows, 1.0, stride) for rows in _by_size(images)]
         empty = np.setdiff1d(np.arange(len(images)), np.concatenate([f.frame for f in found]) if found else [])
         for gain, rows in self._dark(images, empty):
-            found += [self._detect_sized(images, rows[sized], gain) for sized in _by_size([images[i] for i in rows])]
-        if not found:
-            return Faces.empty()
-        faces = Faces(*(np.concatenate([getattr(f, name) for f in found]) for name in Faces.__dataclass_fields__))
+            found += [
+                self._detect_sized(images, rows[sized], gain, stride) for sized in _by_size([images[i] for i in rows])
+            ]
+        faces = Faces.concatenate(found)
         return faces[np.lexsort((-faces.confidence, faces.frame))]
 
     def _dark(self, images: Sequence[Image], rows: NDArray[Any]) -> Iterator[tuple[float, NDArray[np.int64]]]:
@@ -71,14 +80,54 @@ class Detector:
             if gain > 1:
                 yield gain, np.array(group, np.int64)
 
-    def _detect_sized(self, images: Sequence[Image], rows: NDArray[np.int64], gain: float) -> Faces:
-        """Runs images of one size, in batches."""
-        parts = [Faces.empty()]
+    def _detect_sized(self, images: Sequence[Image], rows: NDArray[np.int64], gain: float, stride: int) -> Faces:
+        """Runs images of one size: every ``stride``-th and the last through the whole cascade, the others if need be.
+
+        Note [Frames between]
+        Samples of a video are alike, and proposing is what costs: P-Net sees the whole frame. Where two neighbours show
+        the same faces, each overlapping with itself, R-Net and O-Net are given those boxes, and where each would be if
+        it moved evenly, instead of proposals. The frame counts as searched only if they confirm as many faces there as
+        the neighbours have; any other frame goes through the whole cascade. So faces that come and go are found, and
+        what R-Net and O-Net do not confirm is not carried along. Missed is who appears beside others in these frames
+        only, for less than ``stride`` samples.
+        """
+        whole = np.union1d(rows[::stride], rows[-1:])
+        faces = self._in_batches(images, whole, gain)
+        followed = self._follow(images, rows, faces, whole, gain)
+        rest = np.setdiff1d(rows, np.concatenate([whole, followed.frame]))
+        return Faces.concatenate([faces, followed, self._in_batches(images, rest, gain)])
+
+    def _in_batches(self, images: Sequence[Image], rows: NDArray[np.int64], gain: float) -> Faces:
+        """The whole cascade, in batches."""
+        parts = []
         for start in range(0, len(rows), BATCH_FRAMES):
             batch = rows[start : start + BATCH_FRAMES]
             faces = self._cascade([images[i] for i in batch], gain)
-            parts.append(Faces(batch[faces.frame], faces.xyxy, faces.landmarks, faces.confidence))
-        return Faces(*(np.concatenate([getattr(f, name) for f in parts]) for name in Faces.__dataclass_fields__))
+            parts.append(dataclasses.replace(faces, frame=batch[faces.frame]))
+        return Faces.concatenate(parts)
+
+    def _follow(
+        self, images: Sequence[Image], rows: NDArray[np.int64], faces: Faces, whole: NDArray[np.int64], gain: float
+    ) -> Faces:
+        """The faces of ``rows`` that lie between rows of ``whole``, which have ``faces``; all of a row's or none."""
+        expected = np.zeros(len(images), np.int64)
+        at: list[int] = []
+        boxes: list[F32] = [np.zeros((0, 4), np.float32)]
+        for before, after in itertools.pairwise(whole):
+            a, b = faces.xyxy[faces.frame == before], faces.xyxy[faces.frame == after]
+            i, j = np.nonzero(_boxes.iou_matrix(a, b) > _SAME_FACE)
+            if not len(a) == len(b) == len(i) == len(np.unique(i)) == len(np.unique(j)):
+                continue
+            for row in rows[(rows > before) & (rows < after)]:
+                moved = a[i] + np.float32((row - before) / (after - before)) * (b[j] - a[i])
+                boxes += [a, b, moved]
+                at += [row] * (3 * len(a))
+                expected[row] = len(a)
+        image, candidates = np.array(at, np.int32), np.concatenate(boxes)
+        _boxes.make_square(candidates)
+        found = self._refine(images, *self._sift(images, image, candidates, gain), gain)
+        confirmed = np.bincount(found.frame, minlength=len(images)) == expected
+        return found[confirmed[found.frame]]
 
     def _crop(
         self, images: Sequence[Image], boxes: F32, image: NDArray[np.int32], hw: tuple[int, int], gain: float
@@ -92,20 +141,27 @@ class Detector:
 
     def _cascade(self, images: Sequence[Image], gain: float) -> Faces:
         """The three networks on images of one size."""
-        _, reject_rnet, reject_onet = self.settings.thresholds
+        return self._refine(images, *self._sift(images, *self._propose(images, gain), gain), gain)
 
-        image, boxes = self._propose(images, gain)
+    def _sift(
+        self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, gain: float
+    ) -> tuple[NDArray[np.int32], F32]:
+        """R-Net: (image, square xyxy boxes) of what it takes for faces, moved towards them."""
         image, boxes, crops = self._crop_proposals(images, image, boxes, 24, gain)
         score, shift = self._rnet.run(crops)
-        image, boxes, score, shift = _where(score > reject_rnet, image, boxes, score, shift)
+        image, boxes, score, shift = _where(score > self.settings.thresholds[1], image, boxes, score, shift)
         kept = _boxes.nms(boxes, score, image, _NMS_RNET)
         image, boxes, shift = image[kept], boxes[kept], shift[kept]
         _boxes.regress(boxes, shift, 1.0)
         _boxes.make_square(boxes)
+        return image, boxes
 
+    def _refine(self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, gain: float) -> Faces:
+        """O-Net: what it takes for a face, with landmarks, each face once."""
         image, boxes, crops = self._crop_proposals(images, image, boxes, 48, gain)
         score, shift, points = self._onet.run(crops)
-        image, boxes, score, shift, points = _where(score > reject_onet, image, boxes, score, shift, points)
+        taken = score > self.settings.thresholds[2]
+        image, boxes, score, shift, points = _where(taken, image, boxes, score, shift, points)
         size = boxes[:, None, 2:] - boxes[:, None, :2] + 1  # (F, 1, 2)
         landmarks = points.reshape(-1, 2, 5).transpose(0, 2, 1) * size + boxes[:, None, :2] - 1  # (F, 5, 2)
         _boxes.regress(boxes, shift, 1.0)

@@ -33,9 +33,10 @@ T = TypeVar("T")
 class Engine:
     """Scores videos. Holds compiled networks, so make one and keep it. Thread-safe; a context manager.
 
-    ``frames``: a sampling policy, or a number N for uniform:N; ``mode``: "exact", "reference" or
-    "keyframe" (see dfengine.sampling). Both default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default
-    one a core. ``memory_bytes``: decoded frames held at a time, by video.
+    ``frames``: a sampling policy, or a number N for uniform:N; ``mode``: "exact", "reference" or "keyframe" (see
+    dfengine.sampling). Both default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default
+    one a core. ``memory_bytes``: decoded frames held at a time, by video; a limit that splits a video changes scores in
+    exact mode by rounding only, in the others as other boxes of the same faces do.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Engine:
         parts: list[Tracks] = []
         logits: list[dict[str, F64]] = []
         sampled = 0
+        stride = 1 if self.mode == "exact" else self.bundle.detector.stride
         with watch("decode"):
             video = open_video(path, threads=threads)
         with video:
@@ -143,7 +145,7 @@ class Engine:
                 sampled += len(frames)
                 known["frames_decoded"] = video.frames_decoded
                 with watch("detect"):
-                    faces = detector.detect(frames.images)
+                    faces = detector.detect(frames.images, stride=stride)
                 with watch("track"):
                     rows = linker.link(frames, faces)
                     if frames.is_last:  # mostly the only one; the video was seen, so it is known who counts

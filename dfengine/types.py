@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any, Literal
 
@@ -115,6 +115,12 @@ class Faces:
             np.zeros((0, LANDMARKS, 2), np.float32),
             np.zeros(0, np.float32),
         )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Faces]) -> Faces:
+        """Rows of all parts, in the order given; of none, no rows."""
+        parts = [cls.empty(), *parts]
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
 
 @dataclass(frozen=True, eq=False)

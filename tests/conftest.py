@@ -50,6 +50,9 @@ TOLERANCE = {
     # 15 levels, amplified with their noise.
     ("detect_yuv", "face width"): 0.05,
     ("detect_yuv", "1 - iou"): 0.15,
+    # Other proposals lead to other boxes of the same face.
+    ("detect_between", "face width"): 0.05,
+    ("detect_between", "1 - iou"): 0.2,
     ("detect_gray", "face width"): 0.03,
     ("detect_gray", "1 - iou"): 0.2,
     ("detect_dark", "face width"): 0.05,

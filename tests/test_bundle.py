@@ -262,6 +262,7 @@ def with_member(**change):
         (minimal(calibration={"bias": float("inf")}), "bias"),
         # These would make the detector and the tracker go on for ever.
         (minimal(detector={"pyramid_factor": 1.0}), "pyramid_factor"),
+        (minimal(detector={"stride": 0}), "detector.stride is 0; 1 is every frame"),
         (minimal(tracking={"min_iou": -1.0}), "min_iou"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -70,6 +70,58 @@ def assert_near(got: Faces, want: Faces, op: str) -> None:
     assert (np.abs(got.landmarks - want.landmarks) / width).max() <= TOLERANCE[op, "face width"]
 
 
+# -- frames between ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proposed(detector, monkeypatch) -> list[int]:
+    """How many frames went through the whole cascade, call by call."""
+    counts: list[int] = []
+    propose = Detector._propose
+    monkeypatch.setattr(
+        Detector, "_propose", lambda self, images, gain: counts.append(len(images)) or propose(self, images, gain)
+    )
+    return counts
+
+
+def walk(astronaut, steps: int) -> list[np.ndarray]:
+    """A face that moves by a tenth of its width from frame to frame."""
+    canvas = np.pad(astronaut, ((0, 0), (0, 200), (0, 0)), "edge")
+    return [np.ascontiguousarray(np.roll(canvas, 12 * i, axis=1)) for i in range(steps)]
+
+
+def test_frames_between_need_no_proposals(detector, astronaut, proposed) -> None:
+    images = [Image.from_rgb(p) for p in walk(astronaut, 8)]
+    followed = detector.detect(images, stride=3)
+    assert sum(proposed) == 4, "frames 0, 3, 6 and the last"
+    assert_near(followed, detector.detect(images), "detect_between")
+
+
+def test_frames_of_which_neighbours_tell_nothing_are_searched(detector, astronaut, group, proposed) -> None:
+    face, empty = Image.from_rgb(group), Image.from_rgb(np.full_like(group, 200))
+    one = Image.from_rgb(np.where(np.arange(640)[:, None] < 380, group, 90).astype(np.uint8))
+    for frames, why in (
+        ([empty, face, empty, empty], "faces in a frame between only"),
+        ([face, empty, empty, face], "faces that are gone in between"),
+        ([face, one, face, one], "a face that comes and goes"),
+        ([face, one, one, face], "one of two is gone in between"),
+    ):
+        proposed.clear()
+        assert_equal(detector.detect(frames, stride=3), detector.detect(frames)), why
+        assert sum(proposed) == 8, why
+
+
+def test_frames_between_share_a_size(detector, astronaut, group) -> None:
+    pictures = [p for pair in zip(walk(astronaut, 5), [group] * 5, strict=True) for p in pair]
+    images = [Image.from_rgb(p) for p in pictures]
+    by_place = [f[np.lexsort((f.xyxy[:, 0], f.frame))] for f in (detector.detect(images, stride=s) for s in (4, 1))]
+    assert_near(*by_place, "detect_between")
+
+
+def test_no_images_between(detector) -> None:
+    assert len(detector.detect([], stride=3)) == 0
+
+
 # -- facenet-pytorch ---------------------------------------------------------------------------------------------------
 
 
