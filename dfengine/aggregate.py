@@ -58,16 +58,17 @@ def blend_members(logits: F64, weights: F64, rule: str) -> F64:
 
 
 def judge(tracks: Tracks, logits: Mapping[str, F64], bundle: Bundle) -> Verdict:
-    """Scores a video with at least one row. ``logits``: (R,) by member, in the order of the bundle's members."""
-    names = [m.name for m in bundle.members]
+    """Scores a video with at least one row. ``logits``: (R,) by member; members that did not run have no say."""
+    ran = [m for m in bundle.members if m.name in logits]
+    names, weights = [m.name for m in ran], np.array([m.weight for m in ran])
     by_row = np.stack([logits[n] for n in names])  # (M, R)
     ids = np.unique(tracks.track_id)
     rows = [np.flatnonzero(tracks.track_id == i) for i in ids]
     pooled = np.array([[pool_frames(m[r], bundle.aggregation.frames) for r in rows] for m in by_row])  # (M, K)
     sides = np.array([np.median((tracks.xyxy[r, 2:] - tracks.xyxy[r, :2]).max(axis=1)) for r in rows])
 
-    track_logits = _calibrate(_blend(pooled, bundle), bundle)  # (K,)
-    frame_p = sigmoid(_calibrate(_blend(by_row, bundle), bundle))  # (R,)
+    track_logits = _calibrate(blend_members(pooled, weights, bundle.aggregation.members), bundle)  # (K,)
+    frame_p = sigmoid(_calibrate(blend_members(by_row, weights, bundle.aggregation.members), bundle))  # (R,)
     video_logit = _video(track_logits, sides, bundle)
     return Verdict(
         p_fake=float(sigmoid(video_logit)),
@@ -80,10 +81,6 @@ def judge(tracks: Tracks, logits: Mapping[str, F64], bundle: Bundle) -> Verdict:
             n: float(sigmoid(_video(_calibrate(m, bundle), sides, bundle))) for n, m in zip(names, pooled, strict=True)
         },
     )
-
-
-def _blend(logits: F64, bundle: Bundle) -> F64:
-    return blend_members(logits, np.array([m.weight for m in bundle.members]), bundle.aggregation.members)
 
 
 def _calibrate(logits: F64, bundle: Bundle) -> F64:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,16 @@ class Backbone:
         self.members = bundle.members
         self._sessions = {m.name: make_session(bundle, m.name, threads=threads) for m in bundle.members}
 
-    def run(self, rows: int, make_crops: Callable[[ModelSpec, slice], Crops]) -> dict[str, F64]:
-        """Logits of every member for ``rows`` rows, (rows,) each; positive means fake.
+    def run(
+        self, rows: int, make_crops: Callable[[ModelSpec, slice], Crops], *, only: Collection[str] | None = None
+    ) -> dict[str, F64]:
+        """Logits of every member, or of those named in ``only``, for ``rows`` rows, (rows,) each; positive means fake.
 
         ``make_crops(spec, rows)`` cuts out some of the rows; members with the same preprocessing share the crops.
         """
-        logits = {m.name: np.empty(rows, np.float64) for m in self.members}
-        for group in _by_preprocessing(self.members):
+        members = tuple(m for m in self.members if only is None or m.name in only)
+        logits = {m.name: np.empty(rows, np.float64) for m in members}
+        for group in _by_preprocessing(members):
             for start in range(0, rows, BATCH_CROPS):
                 part = slice(start, min(start + BATCH_CROPS, rows))
                 crops = make_crops(group[0], part)

@@ -127,6 +127,8 @@ class Bundle:
     aggregation: Aggregation = Aggregation()
     calibration: Calibration = Calibration()
     folder: Path = field(default=Path(), metadata={"json": False})
+    # sha256 of the bytes of bundle.json, which hold the hashes of all networks; "" if not loaded from a folder.
+    digest: str = field(default="", compare=False, metadata={"json": False})
 
     @classmethod
     def load(cls, bundle: PathLikeStr | Bundle) -> Bundle:
@@ -138,7 +140,8 @@ class Bundle:
             return bundle
         folder = _find(bundle)
         try:
-            data = json.loads((folder / "bundle.json").read_bytes())
+            text = (folder / "bundle.json").read_bytes()
+            data = json.loads(text)
         except FileNotFoundError:
             raise BundleNotFound("there is no bundle.json in this folder", path=folder, stage="bundle") from None
         except (ValueError, OSError, RecursionError) as error:
@@ -153,7 +156,7 @@ class Bundle:
                 stage="bundle",
             )
         try:
-            loaded = dataclasses.replace(_build(cls, data, ""), folder=folder)
+            loaded = dataclasses.replace(_build(cls, data, ""), folder=folder, digest=hashlib.sha256(text).hexdigest())
         except (TypeError, ValueError, OverflowError) as error:
             raise BundleError(f"bundle.json: {error}", path=folder, stage="bundle") from None
         loaded._check()

@@ -1,19 +1,22 @@
 """The ``dfengine`` command: parses, calls, prints. No logic of its own.
 
-Results go to stdout, everything else to stderr. On a terminal the result is a table; in a pipe it is tab-separated
-text; with --json it is one object a line, each as soon as it is known.
+Results go to stdout, everything else to stderr. On a terminal the result is a table, at the end; in a pipe it is
+tab-separated text, with --json one object a line, each as soon as it is known.
 """
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
+import shlex
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -29,13 +32,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dfengine import __version__, results
-from dfengine.batch import expand_inputs
-from dfengine.engine import Engine
-from dfengine.errors import DfengineError
+from dfengine.batch import Batch, expand_inputs
+from dfengine.deadline import parse_duration
+from dfengine.errors import DfengineError, OutputError, display_path
 from dfengine.info import build_info, devices, packaged_bundles
 from dfengine.types import VideoScore
 
-OK, SOME_FAILED, USAGE = 0, 1, 2
+OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # One video shows a progress bar only if it takes longer than this.
 PATIENCE_SECONDS = 2.0
@@ -56,8 +59,10 @@ def main() -> None:
         print(f"dfengine: error: {error}", file=sys.stderr)
         sys.exit(USAGE)
     except BrokenPipeError:  # the reader went away (| head): there is nobody left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         sys.exit(SOME_FAILED)
+    except KeyboardInterrupt:  # before anything was scored; later Batch sees to it
+        sys.exit(INTERRUPTED)
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,7 +87,12 @@ def score(
         typer.Argument(metavar="PATH...", help="Videos, folders, glob patterns; - reads names from stdin."),
     ],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a video.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write to FILE.jsonl, .csv or .parquet.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to FILE.jsonl, .csv or .parquet; replaces it.")] = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="Write a CSV of filename,label, complete at all times.")
+    ] = None,
+    missing_label: Annotated[float, typer.Option(help="The label of files without a score, in --submission.")] = 0.5,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what --out has already, redo what failed.")] = False,
     bundle: Annotated[str, typer.Option(help="A packaged bundle by name, or a folder.")] = "default",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     frames: Annotated[
@@ -90,36 +100,46 @@ def score(
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Frames: exact, reference (faster) or keyframe (fastest).")] = None,
     workers: Annotated[int | None, typer.Option(help="Videos scored at a time; default: one a core.")] = None,
+    timeout: Annotated[str | None, typer.Option(help="For each video: 90s, 5m; default: by its size.")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(help="For the whole run: 9h, 1h30m, 45s. Spends less on each video to keep it.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
 ) -> None:
-    """Score videos. Exit code 0: all answered; 1: some failed (each is a row); 2: usage."""
+    """Score videos. Exit code 0: all answered; 1: some failed (each is a row); 2: usage, output; 130: interrupted."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
-    files = expand_inputs(_read_stdin() if paths == ["-"] else paths)
-    failed = 0
-    done: list[VideoScore] = []
-    with ExitStack() as stack:
-        writer = stack.enter_context(results.open_writer(out)) if out else None
-        engine = stack.enter_context(Engine(bundle, device=device, frames=frames, mode=mode, workers=workers))
-        advance = stack.enter_context(_progress(len(files), shown=not quiet))
-        scores = map(engine.score, files) if len(files) == 1 else engine.stream(files)
-        for result in scores:
-            failed += result.status == "error"
-            if writer:
-                writer.write(result)
-            if json:
-                print(results.to_json(result), flush=True)
-            else:
-                done.append(result)
-            advance(result)
-    if not json:
-        _print_scores(done, quiet=quiet)
-        if not quiet and engine.bundle.experimental:
-            made = engine.bundle.folder / "bundle.json"
-            print(f"note: the bundle is experimental; how it was made and measured: {made}", file=sys.stderr)
-    raise typer.Exit(SOME_FAILED if failed else OK)
+    batch = Batch(
+        expand_inputs(_read_stdin() if paths == ["-"] else paths),
+        bundle=bundle,
+        device=device,
+        frames=frames,
+        mode=mode,
+        workers=workers,
+        timeout_seconds=parse_duration(timeout) if timeout else None,
+        time_limit_seconds=parse_duration(time_limit) if time_limit else None,
+    )
+    inputs = {job.request: display_path(job.path) for job in batch.jobs}
+    show = _JsonLines() if json else _Table() if sys.stdout.isatty() else _TabSeparated()
+    summary = results.Summary()
+    files = {"out": out, "submission": submission, "missing_label": missing_label, "resume": resume}
+    with results.Output(inputs, **files) as output, batch.stopping_on_signals():  # type: ignore[arg-type]
+        with _progress(batch, len(inputs) - len(output.done), shown=not quiet) as advance:
+            for result in batch.run(output.done):
+                output.write(result)
+                summary.add(result)
+                show.add(result)
+                advance(result)
+        output.finish(complete=not batch.interrupted)
+    show.end()
+    if not quiet and not json:
+        _print_notes(batch, summary, len(output.done))
+    if batch.interrupted:
+        _print_how_to_resume(output.path)
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(SOME_FAILED if output.failed else OK)
 
 
 @app.command()
@@ -142,52 +162,145 @@ def _read_stdin() -> list[str]:
 
 
 @contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Any]:
+def _progress(batch: Batch, total: int, *, shown: bool) -> Iterator[Callable[[VideoScore], None]]:
     """A bar on stderr, if that is a terminal; for one video only after a while."""
     console = Console(stderr=True)
     if not shown or not console.is_terminal:
         yield lambda result: None
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"),
+        TimeRemainingColumn(),
     )  # fmt: skip
+    started = time.monotonic()
+    failed = 0
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("scoring", total=total, visible=total > 1)
+        task = bar.add_task("scoring", total=total, visible=total > 1, state="starting")
         patience = threading.Timer(PATIENCE_SECONDS, lambda: bar.update(task, visible=True))
         patience.start()
+
+        def advance(result: VideoScore) -> None:
+            nonlocal failed
+            failed += result.status == "error"
+            rate = (bar.tasks[0].completed + 1) / (time.monotonic() - started)
+            state = f"{failed} failed, {rate:.1f} videos/s"
+            if batch.deadline is not None:
+                state += f", limit in {datetime.timedelta(seconds=int(batch.deadline.left()))}"
+            bar.update(task, advance=1, state=state)
+
         try:
-            yield lambda result: bar.update(task, advance=1, description=Path(result.path).name[:32])
+            yield advance
         finally:
             patience.cancel()
 
 
-def _print_scores(scores: list[VideoScore], *, quiet: bool) -> None:
-    """A table for a terminal, tab-separated text for a pipe."""
-    console = Console()
-    if not console.is_terminal:
-        print(*results.COLUMNS, sep="\t")
-        for score in scores:
-            cells = results.to_row(score).values()
-            print(*("" if c is None else str(c).replace("\t", " ").replace("\n", " ") for c in cells), sep="\t")
-        return
-    folder = _common_folder([s.path for s in scores])
-    if folder:
-        print(folder)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("video", "left"), ("p_fake", "right"), ("status", "left"), ("people", "right"),
-                          ("frames", "right"), ("seconds", "right"), ("note", "left")):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for score in scores:
+class _JsonLines:
+    """One object a line, each at once."""
+
+    def add(self, score: VideoScore) -> None:
+        _print_line(results.to_json(score))
+
+    def end(self) -> None:
+        pass
+
+
+class _TabSeparated:
+    """For pipes: a line of names, then a line a video, each at once."""
+
+    def __init__(self) -> None:
+        self._header = "\t".join(results.COLUMNS)
+
+    def add(self, score: VideoScore) -> None:
+        cells = results.to_row(score).values()
+        line = "\t".join("" if c is None else str(c).replace("\t", " ").replace("\n", " ") for c in cells)
+        self.end()
+        _print_line(line)
+
+    def end(self) -> None:
+        if self._header:
+            _print_line(self._header)
+            self._header = ""
+
+
+class _Table:
+    """For people: everything at the end, in columns."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, ...]] = []
+
+    def add(self, score: VideoScore) -> None:
         note = f"{score.error.type}: {score.error.message}" if score.error else "; ".join(score.warnings)
         p_fake = "" if score.p_fake is None else f"{score.p_fake:.3f}"
         seconds = f"{sum(score.timings.values()):.1f}"
-        name = os.path.relpath(score.path, folder) if folder else score.path
-        row = (name, p_fake, str(score.status), str(len(score.tracks)), str(score.frames_scored), seconds, note)
-        table.add_row(*(Text(cell) for cell in row))  # Text: names may contain what rich takes for markup
-    console.print(table)
-    if not quiet and len(scores) > 1:
-        counts = {s: sum(r.status == s for r in scores) for s in ("ok", "no_face", "error")}
-        print(", ".join(f"{n} {s}" for s, n in counts.items()), file=sys.stderr)
+        counts = str(len(score.tracks)), str(score.frames_scored)
+        self._rows.append((score.path, p_fake, score.status, *counts, seconds, note))
+
+    def end(self) -> None:
+        if not self._rows:
+            return
+        folder = _common_folder([path for path, *_ in self._rows])
+        if folder:
+            print(folder)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name, justify in (("video", "left"), ("p_fake", "right"), ("status", "left"), ("people", "right"),
+                              ("frames", "right"), ("seconds", "right"), ("note", "left")):  # fmt: skip
+            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for path, *cells in self._rows:
+            name = os.path.relpath(path, folder) if folder else path
+            table.add_row(
+                *(Text(cell) for cell in (name, *cells))
+            )  # Text: names may contain what rich takes for markup
+        Console().print(table)
+
+
+def _print_line(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _close_stdout()
+        raise OutputError(
+            f"standard output cannot be written ({error.strerror}); use --out to be able to resume"
+        ) from None
+
+
+def _close_stdout() -> None:
+    """What is still buffered for it is dropped, or Python would try, and complain, at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_notes(batch: Batch, summary: results.Summary, skipped: int) -> None:
+    """What a person wants to know besides the rows."""
+    lines: list[tuple[str, str]] = []
+    if len(batch.jobs) > 1:
+        names = (("ok", "ok"), ("no_face", "no face"), ("error", "failed"))
+        lines.append(("videos", ", ".join(f"{summary.statuses[status]} {name}" for status, name in names)))
+        lines += [("failed", f"{count} {kind}") for kind, count in summary.errors.most_common()]
+        lines += [("fallback", f"{count} {reason}") for reason, count in summary.fallbacks.most_common()]
+        if batch.deadline is not None:
+            lines += [("spent", f"{count} with {what}") for what, count in summary.spent.most_common()]
+        lines += [("slowest", f"{seconds:.1f} s {path}") for seconds, path in summary.slowest() if seconds > 0]
+    if skipped:
+        lines.append(("resumed", f"{skipped} answered before, not shown again"))
+    if batch.repeated:
+        lines.append(("repeated", f"{batch.repeated} named again, scored once"))
+    if batch.bundle.experimental:
+        made = batch.bundle.folder / "bundle.json"
+        lines.append(("note", f"the bundle is experimental; how it was made and measured: {made}"))
+    shown = ""
+    for title, text in lines:
+        print(f"{title if title != shown else '':<9} {text}", file=sys.stderr)
+        shown = title
+
+
+def _print_how_to_resume(rows: Path | None) -> None:
+    if rows is None:
+        print("interrupted; with --out FILE a run can be resumed", file=sys.stderr)
+        return
+    program = [sys.executable, "-m", "dfengine"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
+    command = [*program, *(w for w in sys.argv[1:] if w != "--resume"), "--resume"]
+    print(f"interrupted; the rows so far are in {rows}; go on with:\n  {shlex.join(command)}", file=sys.stderr)
 
 
 def _common_folder(paths: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,9 +21,9 @@ from dfengine.decode.cpu import DEFAULT_MEMORY_BYTES
 from dfengine.detect import Detector
 from dfengine.errors import DfengineError, OptionError, display_path
 from dfengine.runtime import resolve_device
-from dfengine.sampling import Mode, Policy, parse_mode
+from dfengine.sampling import Policy, parse_mode
 from dfengine.track import Linker, select
-from dfengine.types import F64, Crops, ErrorInfo, PathLikeStr, Tracks, VideoScore
+from dfengine.types import F64, Crops, ErrorInfo, PathLikeStr, Plan, Tracks, VideoScore
 
 log = logging.getLogger("dfengine")
 
@@ -35,8 +35,9 @@ class Engine:
 
     ``frames``: a sampling policy, or a number N for uniform:N; ``mode``: "exact", "reference" or "keyframe" (see
     dfengine.sampling). Both default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default
-    one a core. ``memory_bytes``: decoded frames held at a time, by video; a limit that splits a video changes scores in
-    exact mode by rounding only, in the others as other boxes of the same faces do.
+    one a core. ``threads``: cores to use, by default all. ``memory_bytes``: decoded frames held at a time, by video; a
+    limit that splits a video changes scores in exact mode by rounding only, in the others as other boxes of the same
+    faces do.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class Engine:
         frames: str | int | None = None,
         mode: str | None = None,
         workers: int | None = None,
+        threads: int | None = None,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
     ) -> None:
         self.bundle = Bundle.load(bundle)
         self.device = resolve_device(device)
-        self.policy = Policy.parse(str(frames if frames is not None else self.bundle.sampling))
-        self.mode: Mode = parse_mode(mode) if mode is not None else self.bundle.sampling_mode
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.plan = make_plan(self.bundle, frames=frames, mode=mode)
+        self.cores = threads if threads is not None else usable_cores()
         self.workers = workers if workers is not None else self.cores
         if self.workers < 1:
             raise OptionError(f"workers must be at least 1, got {self.workers}")
@@ -73,9 +74,15 @@ class Engine:
         """Frees the networks. The engine cannot be used afterwards: that raises RuntimeError."""
         self._nets = None
 
-    def score(self, path: PathLikeStr) -> VideoScore:
-        """Scores one video on all cores. What is wrong with the file is in the result; nothing is raised for it."""
-        return self._score(path, threads=self.cores)
+    def score(
+        self, path: PathLikeStr, *, plan: Plan | None = None, on_stage: Callable[[str], None] | None = None
+    ) -> VideoScore:
+        """Scores one video on all cores. What is wrong with the file is in the result; nothing is raised for it.
+
+        ``plan``: more or less work than the engine's own (``engine.plan``). ``on_stage`` is told the name of each stage
+        that begins or goes on, "" between two.
+        """
+        return self._score(path, self.cores, plan, on_stage)
 
     def stream(self, paths: Iterable[PathLikeStr], *, ordered: bool = False) -> Iterator[VideoScore]:
         """Scores many videos, ``workers`` at a time, and yields each when it is done (``ordered``: in input order).
@@ -99,18 +106,28 @@ class Engine:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _score(self, path: PathLikeStr, threads: int) -> VideoScore:
+    def _score(
+        self,
+        path: PathLikeStr,
+        threads: int,
+        plan: Plan | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> VideoScore:
         """The main path with its safety net: whatever happens to one video becomes its row."""
         if self._nets is None:
             raise RuntimeError("the engine is closed; make a new one")
-        watch = _Watch()
+        plan = plan or self.plan
+        watch = _Watch(on_stage)
         known: dict[str, Any] = {
             "path": display_path(path),
+            "sampling": plan.sampling,
+            "mode": plan.mode,
             "bundle": self.bundle.name,
+            "bundle_digest": self.bundle.digest,
             "device": self.device,
         }
         try:
-            known |= self._main_path(path, threads, watch, known, *self._nets)
+            known |= self._main_path(path, threads, plan, watch, known, *self._nets)
         except DfengineError as error:
             known |= _failed(type(error).__name__, error.stage or watch.stage, error.message)
         except MemoryError:
@@ -126,12 +143,14 @@ class Engine:
         self,
         path: PathLikeStr,
         threads: int,
+        plan: Plan,
         watch: _Watch,
         known: dict[str, Any],
         detector: Detector,
         backbone: Backbone,
     ) -> dict[str, Any]:
         """Fields of the VideoScore. ``known`` is filled on the way, so that a failed video tells how far it got."""
+        policy, mode = Policy.parse(plan.sampling), parse_mode(plan.mode)
         linker = Linker(self.bundle.tracking)
         parts: list[Tracks] = []
         logits: list[dict[str, F64]] = []
@@ -141,7 +160,7 @@ class Engine:
             video = open_video(path, threads=threads)
         with video:
             known["decoder"] = video.name
-            for frames in watch.each("decode", video.frames(self.policy, self.mode, memory_bytes=self._memory_bytes)):
+            for frames in watch.each("decode", video.frames(policy, mode, memory_bytes=self._memory_bytes)):
                 sampled += len(frames)
                 known["frames_decoded"] = video.frames_decoded
                 with watch("detect"):
@@ -157,7 +176,7 @@ class Engine:
                         return crop_tracks(images, rows[part], spec, threads=threads)
 
                 with watch("backbone"):
-                    logits.append(backbone.run(len(rows), make_crops))
+                    logits.append(backbone.run(len(rows), make_crops, only=plan.members))
                 parts.append(rows)
             known["frames_decoded"] = video.frames_decoded
             known["warnings"] = tuple(video.warnings)
@@ -179,16 +198,32 @@ class Engine:
         }
 
 
+def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | None = None) -> Plan:
+    """What is asked for: the bundle's own sampling where nothing is given, and all members. Raises OptionError."""
+    return Plan(
+        sampling=str(Policy.parse(str(frames if frames is not None else bundle.sampling))),
+        mode=parse_mode(mode) if mode is not None else bundle.sampling_mode,
+        members=tuple(m.name for m in bundle.members),
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Watch:
     """Wall-clock seconds by stage. Nested stages count once, in the inner one."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.stage = ""
+        self._on_stage = on_stage or (lambda stage: None)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         outer, self.stage = self.stage, stage
+        self._on_stage(stage)
         started = time.perf_counter()
         try:
             yield
@@ -198,6 +233,7 @@ class _Watch:
             if outer:
                 self.seconds[outer] = self.seconds.get(outer, 0.0) - spent
         self.stage = outer  # after an error it stays, to say where that happened
+        self._on_stage(outer)
 
     def each(self, stage: str, items: Iterator[T]) -> Iterator[T]:
         """Passes items on and counts the time it took to make them."""

@@ -11,7 +11,11 @@
     │   └── BundleNotFound         (FileNotFoundError)
     ├── OptionError                (ValueError) an option or a policy that cannot be understood
     ├── DeviceError                (RuntimeError) the device or a package it needs cannot be had here
-    └── InferenceError             (RuntimeError) a network failed to run
+    ├── InferenceError             (RuntimeError) a network failed to run
+    ├── OutputError                (OSError) results cannot be written: disk full, folder gone, not a file of ours
+    ├── WorkerCrashed              (RuntimeError) the process that scored a video died, twice; a row
+    ├── VideoTimeout               (TimeoutError) a video took longer than it may, twice; a row
+    └── DeadlineExceeded           (TimeoutError) the time limit of the run left no time for a video; a row
 
 Each error also derives from the matching builtin, so that callers need not know dfengine's names.
 """
@@ -23,6 +27,7 @@ from os import PathLike, fsencode
 __all__ = [
     "BundleError",
     "BundleNotFound",
+    "DeadlineExceeded",
     "DecodeError",
     "DeviceError",
     "DfengineError",
@@ -30,9 +35,12 @@ __all__ = [
     "InputError",
     "NotAVideo",
     "OptionError",
+    "OutputError",
     "SourceNotFound",
     "SourceNotReadable",
     "UnsupportedVideo",
+    "VideoTimeout",
+    "WorkerCrashed",
     "display_path",
 ]
 
@@ -98,3 +106,19 @@ class DeviceError(DfengineError, RuntimeError):
 
 class InferenceError(DfengineError, RuntimeError):
     """A network failed to run."""
+
+
+class OutputError(DfengineError, OSError):
+    """Results cannot be written, or what is there is no file of results."""
+
+
+class WorkerCrashed(DfengineError, RuntimeError):
+    """The process that scored a video died: a signal, or the kernel ran out of memory."""
+
+
+class VideoTimeout(DfengineError, TimeoutError):
+    """A video took longer than a single video may."""
+
+
+class DeadlineExceeded(DfengineError, TimeoutError):
+    """The time limit of the whole run left no time for a video."""

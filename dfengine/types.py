@@ -182,6 +182,19 @@ class Crops:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How much work one video gets: what may differ from video to video in one run.
+
+    ``sampling``: the text of a policy; ``mode``: which frame stands for a wanted time (both: dfengine.sampling).
+    ``members``: names of the bundle's members that run, at least one; the blend is over these alone.
+    """
+
+    sampling: str
+    mode: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class FrameScore:
     """One face in one frame. ``landmarks`` is None where the box was filled from the past of its track."""
 
@@ -216,7 +229,9 @@ class VideoScore:
 
     ``p_fake`` is the probability that a face in the video was manipulated, in [0, 1]; it is None unless ``status``
     is "ok". "Could not tell" is a status, never 0.5. ``logit`` is log(p / (1 - p)) of the calibrated score.
-    ``timings`` are wall-clock seconds by stage.
+    ``timings`` are wall-clock seconds by stage. ``sampling``, ``mode`` and the keys of ``members`` say what was spent
+    on it; ``bundle_digest`` is that of the Bundle. ``request`` is set in batches only: a hash of the file's path, size
+    and time of change and of what was asked for; a resumed run skips rows with the same one.
     """
 
     path: str
@@ -229,11 +244,15 @@ class VideoScore:
     members: Mapping[str, float] = field(default_factory=dict)
     frames_decoded: int = 0
     frames_scored: int = 0
+    sampling: str = ""
+    mode: str = ""
     bundle: str = ""
+    bundle_digest: str = ""
     device: str = ""
     decoder: str = ""
     fallback_reason: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    request: str = ""
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.p_fake is not None):

@@ -30,10 +30,12 @@ MAY_IMPORT = {
     **{stage: VALUES | {"bundle", "runtime"} | COMPILED for stage in STAGES},
     "decode": VALUES | {"bundle", "runtime", "sampling"} | COMPILED,
     "results": VALUES,
-    "batch": VALUES | {"engine"},
+    "deadline": VALUES | {"bundle", "sampling"},
+    "worker": VALUES | {"bundle", "engine"},
+    "batch": VALUES | {"bundle", "runtime", "engine", "deadline", "worker"},
     "info": VALUES | {"bundle", "runtime"} | COMPILED,
-    "engine": ALL - {"cli", "batch", "results", "__init__", "__main__"},
-    "cli": {"__init__", "engine", "batch", "results", "info", "bundle"} | VALUES,  # no stage
+    "engine": ALL - {"cli", "batch", "worker", "deadline", "results", "__init__", "__main__"},
+    "cli": {"__init__", "batch", "deadline", "results", "info", "bundle"} | VALUES,  # no stage
     "__main__": {"cli"},
     "__init__": {"engine", "bundle", "types", "errors", "info"},
 }

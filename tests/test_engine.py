@@ -152,7 +152,8 @@ def test_rotated_files_are_scored_upright(engine: Engine, clips: dict[str, Path]
 def test_to_dict_is_json_with_the_fields_of_the_contract(alone: dict[str, VideoScore]) -> None:
     fields = [
         "path", "status", "p_fake", "logit", "error", "warnings", "tracks", "members", "frames_decoded",
-        "frames_scored", "bundle", "device", "decoder", "fallback_reason", "timings",
+        "frames_scored", "sampling", "mode", "bundle", "bundle_digest", "device", "decoder", "fallback_reason", "timings",
+        "request",
     ]  # fmt: skip
     for score in alone.values():
         data = score.to_dict()
@@ -353,7 +354,7 @@ def test_interruption_is_not_swallowed(bundle: Path, clips: dict[str, Path], mon
 )
 def test_options_override_the_bundle(bundle: Path, options: dict[str, object], policy: str, mode: str) -> None:
     with Engine(bundle, **options) as engine:
-        assert (str(engine.policy), engine.mode) == (policy, mode)
+        assert (engine.plan.sampling, engine.plan.mode) == (policy, mode)
 
 
 @pytest.mark.parametrize(
