@@ -127,6 +127,8 @@ class Batch:
         self.workers = workers if workers is not None else usable_cores()
         if self.workers < 1:
             raise OptionError(f"workers must be at least 1, got {workers}")
+        if timeout_seconds is not None and not timeout_seconds > 0:
+            raise OptionError(f"the time-out must be longer than zero, got {timeout_seconds} s")
         self.timeout_seconds = timeout_seconds
         self.bundle = Bundle.load(bundle)
         self.device = resolve_device(device)
@@ -349,7 +351,7 @@ class _Run:
                 yield self._stopped(attempt, worker)
             else:
                 attempt.at_bottom = True
-                self._waiting.append(attempt)
+                self._waiting.appendleft(attempt)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 

@@ -182,8 +182,8 @@ class Journal(AbstractContextManager["Journal"]):
     """The file of results of one run: append with ``write``, complete with ``finish``.
 
     ``inputs``: path (as in the rows) by request, in the order that a table shall have. With ``resume``, ``done`` has
-    the requests that need not be made again, and their answers; without, what is there is replaced. ``temporary``: there
-    is no table, the journal serves to resume alone.
+    the requests that need not be made again, and their answers; without, what is there is replaced. ``temporary``:
+    there is no table, the journal serves to resume alone.
 
     Raises OptionError for a file that cannot be had, here; OutputError for a disk that is full or a folder that is
     gone, and for a file that is not dfengine's.

@@ -294,6 +294,7 @@ def _prepare(channel: _Channel, log_level: int) -> None:
 class _ToParent(logging.Handler):
     def __init__(self, channel: _Channel) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))  # the parent's handlers add the rest
         self._channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:

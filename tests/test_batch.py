@@ -1,12 +1,27 @@
-"""Which files are meant by what was typed."""
+"""Which files are meant by what was typed, and supervised runs over many videos."""
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import fake_scorers
 import pytest
+from assets import write_bundle
 
-from dfengine.batch import expand_inputs
+from dfengine.batch import Batch, expand_inputs
+from dfengine.bundle import Bundle
+from dfengine.engine import usable_cores
+from dfengine.errors import DeviceError, OptionError, WorkerCrashed
+from dfengine.types import Plan, VideoScore
+from dfengine.worker import Died, Setup, Task, Worker
 
 
 @pytest.fixture
@@ -39,3 +54,342 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_inputs(tree: Path, typed: list[str], meant: list[str]) -> None:
     assert expand_inputs(typed) == meant
+
+
+# -- a run over files, with workers that do what the names of the files say --------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.load(write_bundle(tmp_path_factory.mktemp("bundle"), sampling="uniform:8"))
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Workers can import fake_scorers and log to the file that is returned."""
+    path = tmp_path / "log.txt"
+    path.touch()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("FAKE_LOG", str(path))
+    return path
+
+
+def make_files(folder: Path, *names: str, size: int = 10) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+    return [str(folder / name) for name in names]
+
+
+def run(paths: list[str], bundle: Bundle, make_scorer=fake_scorers.make, **options: object) -> dict[str, VideoScore]:
+    rows = list(Batch(paths, bundle=bundle, make_scorer=make_scorer, **options).run())
+    by_name = {Path(row.path).name: row for row in rows}
+    assert len(by_name) == len(rows), "one row a video"
+    return by_name
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_every_video_has_one_row(bundle: Bundle, fakes: Path, tmp_path: Path, workers: int) -> None:
+    names = ["ok-1", "no_face-2", "error-3", "ok-4", "ok-5"]
+    rows = run([*make_files(tmp_path / "v", *names), str(tmp_path / "ok-gone")], bundle, workers=workers)
+    assert {n: r.status for n, r in rows.items()} == dict(
+        zip([*names, "ok-gone"], ["ok", "no_face", "error", "ok", "ok", "ok"], strict=True)
+    )
+    assert len({r.request for r in rows.values()}) == 6
+    assert all(len(r.request) == 16 for r in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "hint"),
+    [
+        ("SIGSEGV-x", "was killed by SIGSEGV", "convert it, and please report this"),
+        ("SIGABRT-x", "was killed by SIGABRT", "convert it, and please report this"),
+        ("SIGKILL-x", "was killed by SIGKILL", "want of memory"),
+        ("exit-x", "exited with code 3", "please report this"),
+        ("raise-x", "exited with code 1", "please report this"),
+    ],
+)
+def test_a_crash_costs_that_video_after_a_second_try_alone(
+    bundle: Bundle, fakes: Path, tmp_path: Path, name: str, how: str, hint: str
+) -> None:
+    others = ["ok-1", "0.1s-2", "ok-3", "0.1s-4"]
+    rows = run(make_files(tmp_path / "v", name, *others), bundle, workers=2)
+    assert [rows[n].status for n in others] == ["ok"] * 4
+    error = rows[name].error
+    assert error is not None
+    assert (error.type, error.stage) == ("WorkerCrashed", "decode")
+    assert f"the process that scored it {how} during decode" in error.message
+    assert hint in error.message
+    assert "(twice, the second time alone)" in error.message
+    assert (rows[name].bundle, rows[name].sampling, set(rows[name].timings)) == (bundle.name, "uniform:8", {"decode"})
+    lines = [line.split()[:2] for line in fakes.read_text().splitlines()]
+    assert [n for what, n in lines if what == "begin"].count(name) == 2
+    assert lines[-1] == ["begin", name], "the second try comes when all others have ended"
+    assert all(["end", n] in lines for n in others)
+
+
+def test_a_video_that_crashes_once_is_scored(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    rows = run(make_files(tmp_path / "v", "once-x", "ok-1"), bundle, workers=2)
+    assert {n: r.status for n, r in rows.items()} == {"once-x": "ok", "ok-1": "ok"}
+
+
+def test_a_hang_is_a_row(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    rows = run(make_files(tmp_path / "v", "hang-x", "ok-1", "ok-2"), bundle, workers=2, timeout_seconds=0.5)
+    error = rows["hang-x"].error
+    assert error is not None
+    assert (error.type, error.stage) == ("VideoTimeout", "decode")
+    assert "no result after 0.5" in error.message
+    assert "raise --timeout" in error.message
+    assert rows["hang-x"].timings["decode"] >= 0.4
+    assert [rows[n].status for n in ("ok-1", "ok-2")] == ["ok", "ok"]
+    pids = {int(line.split()[2]) for line in fakes.read_text().splitlines()}
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_many_crashes_and_hangs(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    names = [f"{kind}-{i}" for i in range(3) for kind in ("SIGSEGV", "ok", "hang", "once", "error")]
+    rows = run(make_files(tmp_path / "v", *names), bundle, workers=3, timeout_seconds=0.5)
+    got = {n: r.error.type if r.error else r.status for n, r in rows.items()}
+    expected = {"SIGSEGV": "WorkerCrashed", "ok": "ok", "hang": "VideoTimeout", "once": "ok", "error": "DecodeError"}
+    assert got == {n: expected[n.split("-")[0]] for n in names}
+
+
+def test_a_result_that_was_sent_is_kept_when_its_worker_dies(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    (path,) = make_files(tmp_path / "v", "ok-1")
+    worker = Worker(Setup(bundle, "cpu", 1, fake_scorers.make))
+    try:
+        wait_until(lambda: bool(worker.receive()))
+        worker.give(Task(path, Plan("uniform:8", "reference", ("mean",)), 60))
+        wait_until(lambda: "end" in fakes.read_text())
+        time.sleep(0.2)  # between the end of the score and its arrival
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(worker.pid))
+        score, died = worker.receive()
+        assert isinstance(score, VideoScore)
+        assert score.status == "ok"
+        assert isinstance(died, Died)
+        assert died.how == "was killed by SIGKILL"
+    finally:
+        worker.kill()
+
+
+def test_workers_end_when_their_parent_is_killed(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    """Also in the middle of a video."""
+    paths = make_files(tmp_path / "v", "hang-1", "hang-2")
+    code = (
+        "import fake_scorers; from dfengine.batch import Batch; "
+        f"list(Batch({paths}, bundle={str(bundle.folder)!r}, workers=2, make_scorer=fake_scorers.make).run())"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        wait_until(lambda: fakes.read_text().count("begin") == 2)
+        pids = [int(line.split()[2]) for line in fakes.read_text().splitlines()]
+        assert all(alive(pid) for pid in pids)
+        parent.kill()
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_closing_a_run_early_ends_its_workers(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    paths = make_files(tmp_path / "v", "hang-1", "0.5s-2", "ok-3")
+    rows = Batch(paths, bundle=bundle, workers=2, make_scorer=fake_scorers.make).run()
+    assert next(rows).status == "ok"
+    wait_until(lambda: "hang" in fakes.read_text())
+    rows.close()
+    pids = {int(line.split()[2]) for line in fakes.read_text().splitlines()}
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_what_a_worker_logs_reaches_the_parents_logging(
+    bundle: Bundle, fakes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(make_files(tmp_path / "v", "warn-1"), bundle)
+    assert ("dfengine", logging.WARNING, f"said in the worker, with threads={usable_cores()}") in caplog.record_tuples
+
+
+# -- start and options -------------------------------------------------------------------------------------------------
+
+
+def test_an_error_at_the_start_of_a_worker_is_raised_as_it_is(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="device 'cuda' cannot be had: test") as caught:
+        run(make_files(tmp_path / "v", "ok-1", "ok-2"), bundle, fake_scorers.no_device, workers=2)
+    assert (caught.value.message, caught.value.stage) == ("device 'cuda' cannot be had: test", "device")
+    assert fakes.read_text() == ""
+
+
+def test_workers_that_cannot_be_started_end_the_run(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        WorkerCrashed, match="cannot be started: the last one was killed by SIGKILL before it was ready"
+    ):
+        run(make_files(tmp_path / "v", "ok-1", "ok-2"), bundle, fake_scorers.dies_at_start, workers=2)
+
+
+def test_a_worker_too_many_is_done_without(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    names = ["0.3s-1", "0.3s-2", "0.3s-3", "0.3s-4"]
+    rows = run(make_files(tmp_path / "v", *names), bundle, fake_scorers.dies_at_start_but_once, workers=3)
+    assert {r.status for r in rows.values()} == {"ok"}
+    assert len(rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("videos", "workers", "threads"), [(1, None, "all"), (1, 4, "all"), (2, 2, "half"), (2, 1, "all")]
+)
+def test_few_videos_share_the_cores(
+    bundle: Bundle, fakes: Path, tmp_path: Path, videos: int, workers: int | None, threads: str
+) -> None:
+    rows = run(make_files(tmp_path / "v", *(f"ok-{i}" for i in range(videos))), bundle, workers=workers)
+    expected = usable_cores() if threads == "all" else max(1, usable_cores() // 2)
+    assert {r.device for r in rows.values()} == {f"cpu*{expected}"}
+
+
+def test_nothing_to_do_starts_nothing(bundle: Bundle, fakes: Path) -> None:
+    assert run([], bundle, fake_scorers.no_device) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"frames": "all"}, "sampling policy 'all' is not understood"),
+        ({"mode": "fast"}, "sampling mode must be"),
+        ({"device": "tpu"}, "device must be one of"),
+        ({"time_limit_seconds": 0}, "the time limit must be longer than zero, got 0 s"),
+        ({"timeout_seconds": -1}, "the time-out must be longer than zero, got -1 s"),
+    ],
+)
+def test_options_are_checked_before_anything_starts(bundle: Bundle, options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Batch([], bundle=bundle, **options)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_named_twice_is_scored_once(
+    bundle: Bundle, fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_files(tmp_path, "ok-b", "ok-a")
+    monkeypatch.chdir(tmp_path)
+    batch = Batch(["ok-b", "./ok-a", "ok-b", str(tmp_path / "ok-a")], bundle=bundle)
+    assert [job.path for job in batch.jobs] == ["ok-b", "./ok-a"]
+    assert batch.repeated == 2
+
+
+def test_a_request_is_about_the_file_and_what_was_asked(bundle: Bundle, tmp_path: Path) -> None:
+    (path,) = make_files(tmp_path / "v", "ok-1")
+
+    def request(path: str = path, **options: object) -> str:
+        (job,) = Batch([path], **{"bundle": bundle} | options).jobs
+        return job.request
+
+    first = request()
+    assert first == request(workers=1, timeout_seconds=5)
+    assert first == request(frames="uniform:8", mode=bundle.sampling_mode), "asked for what is the bundle's own"
+    other_bundle = Bundle.load(write_bundle(tmp_path / "other", sampling="uniform:8", licence="other"))
+    different = [
+        request(frames=7), request(mode="exact"), request(time_limit_seconds=60), request(bundle=other_bundle),
+        request(str(tmp_path / "v" / "gone")),
+    ]  # fmt: skip
+    make_files(tmp_path / "v", "ok-1", size=11)
+    different.append(request())
+    os.utime(path, ns=(1, 1))
+    different.append(request())
+    assert len({first, *different}) == 1 + len(different)
+
+
+def test_done_jobs_are_left_out(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    batch = Batch(make_files(tmp_path / "v", "ok-1", "ok-2", "ok-3"), bundle=bundle, make_scorer=fake_scorers.make)
+    rows = list(batch.run({batch.jobs[1].request}))
+    assert sorted(Path(r.path).name for r in rows) == ["ok-1", "ok-3"]
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------------
+
+
+def test_stop_lets_videos_in_work_end(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    paths = make_files(tmp_path / "v", "ok-1", "0.5s-2", "ok-3", "ok-4")
+    batch = Batch(paths, bundle=bundle, workers=1, make_scorer=fake_scorers.make)
+    rows = batch.run()
+    assert Path(next(rows).path).name == "ok-1"
+    threading.Thread(target=lambda: (wait_until(lambda: "begin 0.5s" in fakes.read_text()), batch.stop())).start()
+    assert [Path(r.path).name for r in rows] == ["0.5s-2"]
+    assert batch.interrupted
+
+
+def test_stop_twice_drops_videos_in_work(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    batch = Batch(make_files(tmp_path / "v", "ok-1", "hang-2"), bundle=bundle, workers=1, make_scorer=fake_scorers.make)
+    rows = batch.run()
+    next(rows)
+    batch.stop()
+    batch.stop()
+    assert list(rows) == []
+
+
+# -- a time limit ------------------------------------------------------------------------------------------------------
+
+
+def test_ample_time_gives_what_was_asked(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    names = [f"0.01s-{i}" for i in range(10)]
+    rows = run(make_files(tmp_path / "v", *names), bundle, workers=2, time_limit_seconds=600)
+    assert {(r.status, r.sampling, r.mode, r.warnings) for r in rows.values()} == {("ok", "uniform:8", "reference", ())}
+
+
+def test_a_slow_machine_spends_less_on_each_and_ends_in_time(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    """30 videos of .6 s on two workers would take 9 s; there are less than 7."""
+    names = [f"0.6s-{i}" for i in range(30)]
+    started = time.monotonic()
+    rows = run(make_files(tmp_path / "v", *names), bundle, workers=2, time_limit_seconds=8)
+    assert time.monotonic() - started < 8
+    assert set(rows) == set(names)
+    reduced = [r for r in rows.values() if r.status == "ok" and r.sampling != "uniform:8"]
+    assert reduced, "some had to give up frames"
+    for row in reduced:
+        assert row.warnings[-1].startswith("less than asked, to keep the time limit: ")
+    assert sum(r.status == "ok" for r in rows.values()) >= 15
+
+
+def test_a_few_huge_videos_do_not_starve_the_rest(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    small = make_files(tmp_path / "v", *(f"0.02s-{i}" for i in range(12)))
+    huge = make_files(tmp_path / "v", *(f"500s-{i}" for i in range(2)), size=200_000_000)
+    started = time.monotonic()
+    rows = run([*huge, *small], bundle, workers=2, time_limit_seconds=6)
+    assert time.monotonic() - started < 6
+    assert {rows[Path(p).name].status for p in small} == {"ok"}
+    for path in huge:
+        error = rows[Path(path).name].error
+        assert error is not None
+        assert error.type == "DeadlineExceeded"
+        assert "give a longer --time-limit, or run again with --resume" in error.message
+
+
+@pytest.mark.parametrize("limit", [0.1, 1.0, 2.5])
+def test_no_time_is_an_answer_too(bundle: Bundle, fakes: Path, tmp_path: Path, limit: float) -> None:
+    names = [f"100s-{i}" for i in range(5)]
+    started = time.monotonic()
+    rows = run(make_files(tmp_path / "v", *names), bundle, workers=2, time_limit_seconds=limit)
+    assert time.monotonic() - started < limit + 1
+    assert {(r.error.type if r.error else None) for r in rows.values()} == {"DeadlineExceeded"}
+    assert set(rows) == set(names)
+
+
+def test_crashes_and_hangs_within_a_time_limit(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    names = ["SIGSEGV-1", "hang-2", "ok-3", "ok-4", "once-5"]
+    started = time.monotonic()
+    paths = make_files(tmp_path / "v", *names)
+    rows = run(paths, bundle, workers=2, time_limit_seconds=20, timeout_seconds=1)
+    assert time.monotonic() - started < 20
+    got = {n: r.error.type if r.error else r.status for n, r in rows.items()}
+    assert got == {
+        "SIGSEGV-1": "WorkerCrashed", "hang-2": "VideoTimeout", "ok-3": "ok", "ok-4": "ok", "once-5": "ok",
+    }  # fmt: skip

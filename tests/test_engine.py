@@ -152,8 +152,8 @@ def test_rotated_files_are_scored_upright(engine: Engine, clips: dict[str, Path]
 def test_to_dict_is_json_with_the_fields_of_the_contract(alone: dict[str, VideoScore]) -> None:
     fields = [
         "path", "status", "p_fake", "logit", "error", "warnings", "tracks", "members", "frames_decoded",
-        "frames_scored", "sampling", "mode", "bundle", "bundle_digest", "device", "decoder", "fallback_reason", "timings",
-        "request",
+        "frames_scored", "sampling", "mode", "bundle", "bundle_digest", "device", "decoder", "fallback_reason",
+        "timings", "request",
     ]  # fmt: skip
     for score in alone.values():
         data = score.to_dict()
