@@ -432,7 +432,7 @@ class Summary:
         if score.error:
             self.errors[score.error.type] += 1
         if score.status == "ok":
-            self.spent[f"{score.mode}, {score.sampling}, {len(score.members)} of the members"] += 1
+            self.spent[f"{score.mode}, {score.sampling}, {len(score.members)} members"] += 1
         if score.fallback_reason:
             self.fallbacks[score.fallback_reason] += 1
         heapq.heappush(self._slowest, (sum(score.timings.values()), score.path))

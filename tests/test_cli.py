@@ -7,8 +7,13 @@ import io
 import json
 import os
 import pty
+import resource
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +98,10 @@ def test_out_writes_a_file_as_well(folder: Path) -> None:
         (["score", "clips/face.mp4", "--bundle", "bundle", "--frames", "some"], "sampling policy 'some'"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--mode", "fast"], "must be exact or reference, got 'fast'"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--out", "x.txt"], "must end in .jsonl, .csv, .parquet"),
+        (["score", "clips/face.mp4", "--bundle", "bundle", "--time-limit", "soon"], "a duration is written like 9h"),
+        (["score", "clips/face.mp4", "--bundle", "bundle", "--timeout", "0"], "longer than zero; got '0'"),
+        (["score", "clips/face.mp4", "--bundle", "bundle", "--resume"], "give --out or --submission"),
+        (["score", "clips", "./clips/../clips", "--submission", "s.csv", "--bundle", "nowhere"], "no such bundle"),
         (["score"], "Missing argument"),
         (["scroe"], "No such command"),
     ],
@@ -153,3 +162,135 @@ def _in_terminal(folder: Path, words: list[str], env: dict[str, str]) -> tuple[s
         shown += chunk
     os.close(ours)
     return shown.decode().replace("\r\n", "\n"), process.wait(60)
+
+
+# -- long runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(folder: Path) -> Path:
+    """many/: 11 faces under different names, and a text."""
+    target = folder / "many"
+    target.mkdir()
+    for i in range(11):
+        shutil.copy(folder / "clips" / "face.mp4", target / f"face{i:02}.mp4")
+    (target / "text.mp4").write_text("not a video\n")
+    return target
+
+
+def table(path: Path) -> dict[str, tuple[str, float | None]]:
+    """Status and p_fake by path; fails if a path is there twice."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({r["path"] for r in rows}) == len(rows)
+    return {r["path"]: (r["status"], r["p_fake"]) for r in rows}
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dfengine", "score", *words, "--bundle", "bundle"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    ends = time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_a_run_that_is_killed_over_and_over_ends_in_the_same_table(folder: Path, many: Path) -> None:
+    assert score(folder, "many", "--out", "unbroken.jsonl").returncode == 1
+    expected = table(folder / "unbroken.jsonl")
+    assert len(expected) == 12
+    path = folder / "broken.jsonl"
+    for lines in (1, 4, 7):
+        with start(folder, "many", "--out", "broken.jsonl", "--resume") as process:
+            wait_for_lines(path, lines)
+            process.kill()
+    torn = path.read_bytes()
+    assert lines <= torn.count(b"\n") < 12
+    done = score(folder, "many", "--out", "broken.jsonl", "--resume", "--json")
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 12 - torn.count(b"\n"), "only what was missing is scored"
+    got = table(path)
+    assert {p: s for p, (s, _) in got.items()} == {p: s for p, (s, _) in expected.items()}
+    for name, (_, p_fake) in expected.items():
+        assert got[name][1] == (None if p_fake is None else pytest.approx(p_fake, abs=1e-5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(folder: Path, many: Path, number: signal.Signals) -> None:
+    name = f"stopped {number.name}.csv"
+    with start(folder, "many", "--out", name, "--submission", f"sub{number.name}.csv", "--workers", "1") as process:
+        wait_for_lines(folder / f"{name}.journal.jsonl", 2)
+        os.killpg(process.pid, number)  # as a terminal does it
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert b"interrupted; the rows so far are in stopped SIG" in err
+    assert not (folder / name).exists()
+    assert len((folder / f"sub{number.name}.csv").read_text().splitlines()) == 13
+    command = err.decode().split("go on with:\n")[1].strip()
+    assert "--resume" in command
+    done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, timeout=120)
+    assert done.returncode == 1
+    assert len(out.splitlines()) + len(done.stdout.splitlines()) == 12 + 2, "two headers, and no row twice"
+    with (folder / name).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["path"] for r in rows] == sorted(f"many/{p.name}" for p in many.iterdir())
+    with (folder / f"sub{number.name}.csv").open(newline="") as file:
+        labels = {r["filename"]: r["label"] for r in csv.DictReader(file)}
+    assert labels == {Path(r["path"]).name: r["p_fake"] or "0.5" for r in rows}
+    assert not (folder / f"{name}.journal.jsonl").exists()
+
+
+def test_a_time_limit_with_every_kind_of_file(folder: Path, many: Path) -> None:
+    started = time.monotonic()
+    done = score(folder, "many", "missing.mp4", "--time-limit", "60s", "--submission", "sub.csv", "--json")
+    assert time.monotonic() - started < 60
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 13
+    assert all(r["status"] == "ok" for r in rows if "face" in r["path"])
+    assert len((folder / "sub.csv").read_text().splitlines()) == 14
+    assert done.returncode == 1
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_rows(folder: Path, many: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+    command = [sys.executable, "-m", "dfengine", "score", "many", "--bundle", "bundle", "--out", "full.jsonl"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, preexec_fn=limit)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert b"full.jsonl: results cannot be written (File too large)" in done.stderr
+    kept = table(folder / "full.jsonl")
+    assert 1 <= len(kept) < 12
+    assert score(folder, "many", "--out", "full.jsonl", "--resume").returncode == 1
+    assert len(table(folder / "full.jsonl")) == 12
+
+
+def test_standard_output_that_is_full(folder: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "dfengine", "score", "clips", "--bundle", "bundle", "--json"]
+        done = subprocess.run(command, cwd=folder, stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 2
+    assert b"standard output cannot be written (No space left on device)" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_summary_for_people(folder: Path, many: Path) -> None:
+    (folder / "again.mp4").symlink_to(many / "face00.mp4")
+    done = score(folder, "many", "many/face00.mp4", "again.mp4", "missing.mp4", "--mode", "exact")
+    err = done.stderr.decode()
+    assert "videos    12 ok, 0 no face, 2 failed" in err
+    assert (
+        "failed    1 NotAVideo\n          1 SourceNotFound" in err or "1 SourceNotFound\n          1 NotAVideo" in err
+    )
+    assert err.count("many/face") == 5 or err.count(" s ") >= 5
+    assert "repeated  1 named again, scored once" in err
+    assert score(folder, "many", "--quiet").stderr == b""
