@@ -2,10 +2,10 @@
 
     python -m benchmarks.soak --videos DIR [--count 1000] [--kills 10] [--originals 0.05]
 
-Makes COUNT variants of the videos in DIR in a temporary folder: short 320-pixel copies, cut and damaged copies of these,
-renamed ones and junk, and a share of the originals. Scores them with `dfengine score` once without a break, sampling
-the memory of the run and of its workers, and once with KILLS times kill -9 at random moments and --resume. Compares the
-two tables.
+Makes COUNT variants of the videos in DIR in a temporary folder: short 320-pixel copies, cut and damaged copies of
+these, renamed ones and junk, and a share of the originals. Scores them with `dfengine score` once without a break,
+sampling the memory of the run and of its workers, and once with KILLS times kill -9 at random moments and --resume.
+Compares the two tables.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def run_unbroken(words: list[str], out: Path) -> dict[str, Any]:
 
     return {
         "seconds": round(seconds, 1),
-        "videos_per_second": round(count / seconds, 2),
+        "videos_per_second": round(float(count) / seconds, 2),
         "memory_mib_parent_and_workers": {f"{share:.0%}": near(share) for share in (0.1, 0.25, 0.5, 0.75, 0.95)},
         "memory_mib_peak": [round(float(v), 1) for v in table[:, 1:].max(axis=0)],
         "growth_mib_per_100_videos": [round(float(v), 3) for v in slope],

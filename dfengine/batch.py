@@ -220,7 +220,9 @@ class _Run:
         self._most_workers = min(batch.workers, len(jobs))
         self._failed_starts = 0
         self._any_started = False
-        threads = max(1, usable_cores() // self._most_workers)
+        # By all jobs, not by those that are left: decoding of damaged videos may depend on the number of threads, and a
+        # resumed run must give what an unbroken one does.
+        threads = max(1, usable_cores() // min(batch.workers, len(batch.jobs)))
         self._setup = Setup(batch.bundle, batch.device, threads, batch.make_scorer, log.getEffectiveLevel())
         self._selector = selectors.DefaultSelector()
 

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 
 from dfengine.bundle import Bundle
 from dfengine.errors import OptionError
-from dfengine.sampling import Policy, parse_mode
+from dfengine.sampling import Policy
 from dfengine.types import F64, Plan
 
 # Seconds that a video costs before anything is known: a constant and a part by size, the shape of which stays true
@@ -99,8 +99,7 @@ def ladder(asked: Plan, bundle: Bundle) -> tuple[Step, ...]:
 
     if asked.mode == "exact":
         add("reference frames", REFERENCE_COST, mode="reference")
-    if _has_keyframe_mode():
-        add("key frames", KEYFRAME_COST, mode="keyframe")
+    add("key frames", KEYFRAME_COST, mode="keyframe")
     members = _smallest_first(asked.members, bundle)
     while len(members) > 1:
         members = members[: len(members) // 2]
@@ -111,14 +110,6 @@ def ladder(asked: Plan, bundle: Bundle) -> tuple[Step, ...]:
     add("a quarter of the frames", QUARTER_COST, sampling=str(_sparser(policy, 4)))
     add("one frame", ONE_FRAME_COST, sampling="uniform:1")
     return tuple(steps)
-
-
-def _has_keyframe_mode() -> bool:
-    try:
-        parse_mode("keyframe")
-    except OptionError:
-        return False
-    return True
 
 
 def _smallest_first(names: Sequence[str], bundle: Bundle) -> list[str]:

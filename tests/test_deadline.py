@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfengine.bundle import Bundle
-from dfengine.deadline import RESERVE_MIN_SECONDS, Deadline, Step, ladder, parse_duration
+from dfengine.deadline import RESERVE_MIN_SECONDS, Deadline, ladder, parse_duration
 from dfengine.errors import OptionError
 from dfengine.types import Plan
 
@@ -58,16 +58,13 @@ def ensemble(tmp_path: Path, bundle: Bundle) -> Bundle:
     return replace(bundle, members=tuple(members), folder=tmp_path)
 
 
-def without_keyframe(steps: tuple[Step, ...]) -> list[Step]:
-    return [step for step in steps if step.name != "key frames"]
-
-
 def test_the_ladder_in_full(ensemble: Bundle) -> None:
     asked = Plan("uniform:16", "exact", ("a", "b", "c", "d", "e"))
-    steps = without_keyframe(ladder(asked, ensemble))
+    steps = ladder(asked, ensemble)
     assert [(s.name, s.plan.sampling, "".join(s.plan.members)) for s in steps] == [
         ("as asked", "uniform:16", "abcde"),
         ("reference frames", "uniform:16", "abcde"),
+        ("key frames", "uniform:16", "abcde"),
         ("2 of 5 members", "uniform:16", "bd"),
         ("1 of 5 members", "uniform:16", "b"),
         ("half of the frames", "uniform:8", "b"),
@@ -75,7 +72,7 @@ def test_the_ladder_in_full(ensemble: Bundle) -> None:
         ("one frame", "uniform:1", "b"),
     ]
     assert steps[0].plan == asked
-    assert [s.plan.mode == "exact" for s in steps] == [True] + [False] * 6
+    assert [s.plan.mode for s in steps] == ["exact", "reference"] + ["keyframe"] * 6
     assert all(a.cost > b.cost > 0 for a, b in itertools.pairwise(steps))
 
 
@@ -92,7 +89,7 @@ def test_the_ladder_in_full(ensemble: Bundle) -> None:
     ],
 )
 def test_steps_that_change_nothing_are_left_out(bundle: Bundle, sampling: str, samplings: list[str]) -> None:
-    steps = without_keyframe(ladder(Plan(sampling, "reference", ("mean",)), bundle))
+    steps = ladder(Plan(sampling, "keyframe", ("mean",)), bundle)
     assert [s.plan.sampling for s in steps] == samplings
 
 
