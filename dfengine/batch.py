@@ -413,7 +413,7 @@ class _Run:
 
 
 def _crash(died: Died, worker: Worker) -> str:
-    during = f"during {worker.stage}" if worker.stage else "before the first stage"
+    during = f"during {worker.stage}" if worker.stage else "between two stages"
     hint = (
         "if the kernel ended it for want of memory (see dmesg), score with fewer --workers"
         if died.how.endswith("SIGKILL")

@@ -39,11 +39,11 @@ from dfengine.types import F64, Plan
 FIXED_SECONDS = 0.3
 SECONDS_PER_BYTE = 0.2e-6
 
-# Cost of a step relative to the one above it, until both were measured. The same clips: 14.2 s in mode reference for
-# 17.3 s in exact; 10.2, 9.0 and 3.9 s with 8, 4 and 1 frames. Key frames: decoding, half of the time, falls to about a
-# third. Members: of the default's one network .3 s of 14; larger ones cost more and save more.
-REFERENCE_COST, KEYFRAME_COST, MEMBERS_COST = 0.8, 0.7, 0.9
-HALF_COST, QUARTER_COST, ONE_FRAME_COST = 0.75, 0.9, 0.45
+# Cost of a step relative to the one above it, until both were measured. The same clips, CPU seconds in total: 16.4
+# exact, 13.6 reference, 10.0 key frames; with key frames 4.8, 2.8 and 1.1 for 8, 4 and 1 frames. Members: of the
+# default's one network .3 s of 14; larger ones cost more and save more.
+REFERENCE_COST, KEYFRAME_COST, MEMBERS_COST = 0.83, 0.73, 0.9
+HALF_COST, QUARTER_COST, ONE_FRAME_COST = 0.48, 0.59, 0.38
 
 # Factors on estimates, chosen, not fitted: an unknown machine may be this much slower than the one above, and videos
 # of one size differ in length and in people.

@@ -381,6 +381,8 @@ class Output(AbstractContextManager["Output"]):
         missing_label: float = 0.5,
         resume: bool = False,
     ) -> None:
+        if out and submission and os.path.abspath(out) == os.path.abspath(submission):
+            raise OptionError(f"--out and --submission name the same file {str(out)!r}; give each its own")
         if resume and not (out or submission):
             raise OptionError("--resume needs the file to go on with: give --out or --submission")
         self._submission: Submission | None = None

@@ -96,7 +96,10 @@ def test_out_writes_a_file_as_well(folder: Path) -> None:
         (["score", "clips/face.mp4", "--bundle", "bundle", "--device", "cuda"], "device 'cuda' cannot be had"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--device", "tpu"], "device must be one of auto, cpu, cuda"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--frames", "some"], "sampling policy 'some'"),
-        (["score", "clips/face.mp4", "--bundle", "bundle", "--mode", "fast"], "must be exact or reference, got 'fast'"),
+        (
+            ["score", "clips/face.mp4", "--bundle", "bundle", "--mode", "fast"],
+            "must be exact, reference or keyframe; got 'fast'",
+        ),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--out", "x.txt"], "must end in .jsonl, .csv, .parquet"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--time-limit", "soon"], "a duration is written like 9h"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--timeout", "0"], "longer than zero; got '0'"),

@@ -400,6 +400,8 @@ def test_names_that_clash_are_refused_before_anything_is_replaced(tmp_path: Path
 
 
 def test_options_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"--out and --submission name the same file .*x\.csv"):
+        Output({}, out=tmp_path / "x.csv", submission=tmp_path / "." / "x.csv")
     with pytest.raises(OptionError, match="--resume needs the file to go on with: give --out or --submission"):
         Output({}, resume=True)
     with pytest.raises(OptionError, match=r"the missing label must be in \[0, 1\], got 2"):
