@@ -155,7 +155,7 @@ class Engine:
         parts: list[Tracks] = []
         logits: list[dict[str, F64]] = []
         sampled = 0
-        stride = 1 if self.mode == "exact" else self.bundle.detector.stride
+        stride = 1 if mode == "exact" else self.bundle.detector.stride
         with watch("decode"):
             video = open_video(path, threads=threads)
         with video:
