@@ -121,6 +121,7 @@ class Worker:
         self._channel.send(setup)
         self.ready = False
         self.task: Task | None = None
+        self.tasks_given = 0
         self.stage = ""
         self.timings: dict[str, float] = {}
         self.started = self._stage_since = 0.0
@@ -135,6 +136,7 @@ class Worker:
     def give(self, task: Task) -> None:
         """Hands a task to an idle worker. If it is dead, ``receive`` will tell."""
         self.task, self.stage, self.timings = task, "", {}
+        self.tasks_given += 1
         self.started = self._stage_since = time.monotonic()
         with suppress(OSError):
             self._channel.send(task)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,6 +204,17 @@ def test_workers_end_when_their_parent_is_killed(bundle: Bundle, fakes: Path, tm
     wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
+def test_workers_are_replaced_after_some_videos(
+    bundle: Bundle, fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfengine.batch.VIDEOS_A_WORKER", 3)
+    names = [f"ok-{i}" for i in range(14)]
+    assert set(run(make_files(tmp_path / "v", *names), bundle, workers=2)) == set(names)
+    pids = [line.split()[2] for line in fakes.read_text().splitlines() if line.startswith("begin")]
+    assert max(Counter(pids).values()) == 3
+    assert len(pids) == 14
+
+
 def test_closing_a_run_early_ends_its_workers(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
     paths = make_files(tmp_path / "v", "hang-1", "0.5s-2", "ok-3")
     rows = Batch(paths, bundle=bundle, workers=2, make_scorer=fake_scorers.make).run()
@@ -253,6 +265,18 @@ def test_few_videos_share_the_cores(
     rows = run(make_files(tmp_path / "v", *(f"ok-{i}" for i in range(videos))), bundle, workers=workers)
     expected = usable_cores() if threads == "all" else max(1, usable_cores() // 2)
     assert {r.device for r in rows.values()} == {f"cpu*{expected}"}
+
+
+def test_a_file_that_goes_away_during_the_run_is_a_row(bundle: Bundle, tmp_path: Path) -> None:
+    """With the real engine: it was there when the run began."""
+    (path,) = make_files(tmp_path / "v", "x.mp4")
+    batch = Batch([path], bundle=bundle)
+    os.unlink(path)
+    (row,) = batch.run()
+    assert row.error is not None
+    assert (row.error.type, row.error.stage, row.path) == ("SourceNotFound", "open", path)
+    assert row.bundle_digest == bundle.digest
+    assert row.request == batch.jobs[0].request
 
 
 def test_nothing_to_do_starts_nothing(bundle: Bundle, fakes: Path) -> None:
