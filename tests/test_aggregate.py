@@ -142,6 +142,14 @@ def test_one_row():
     assert frame.landmarks == ((0.0, 0.0),) * 5
 
 
+def test_members_that_did_not_run_have_no_say():
+    tracks = make_tracks([0, 0, 1], sides=[50, 50, 80])
+    logits = {"m0": np.array([1.0, 3.0, -4.0]), "m2": np.array([5.0, 1.0, 0.0])}
+    got = judge(tracks, logits, make_bundle((3, 100, 1)))
+    assert list(got.members) == ["m0", "m2"]
+    assert got.p_fake == approx(judge(tracks, {"m0": logits["m0"], "m1": logits["m2"]}, make_bundle((3, 1))).p_fake)
+
+
 def test_by_hand():
     """Two people, two members of weights 3 and 1, temperature 2 and bias 0.5; logit means throughout."""
     tracks = make_tracks([0, 0, 1], sides=[50, 50, 80], detected=[True, False, True])

@@ -102,6 +102,15 @@ def test_no_rows(tmp_path, rng):
     assert cutter.calls == []
 
 
+def test_members_that_are_not_asked_for_do_not_run(tmp_path, rng):
+    members = [(make_onnx(g), {"margin_ratio": g}) for g in (1.0, 2.0, 3.0)]
+    cutter = Cutter(rng, 4)
+    logits = Backbone(make_bundle(tmp_path, *members)).run(4, cutter, only=("m2", "m1"))
+    assert list(logits) == ["m1", "m2"]
+    assert_close(logits["m2"], 3 * cutter.means)
+    assert [name for name, *_ in cutter.calls] == ["m1", "m2"]
+
+
 def test_members_with_one_preprocessing_share_the_crops(tmp_path, rng):
     members = [(make_onnx(g), {"weight": g}) for g in (1.0, 2.0, 3.0)]
     cutter = Cutter(rng, BATCH_CROPS + 3)

@@ -125,6 +125,14 @@ def test_relative_folders(tmp_path, monkeypatch, relative):
     assert Bundle.load(relative).name == "tiny"
 
 
+def test_the_digest_is_that_of_the_text(tmp_path):
+    folder = write(tmp_path, minimal())
+    text = (folder / "bundle.json").read_bytes()
+    assert Bundle.load(folder).digest == hashlib.sha256(text).hexdigest()
+    (folder / "bundle.json").write_bytes(text + b"\n")
+    assert Bundle.load(folder).digest == hashlib.sha256(text + b"\n").hexdigest()
+
+
 # -- to_json -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from dfengine.detect import Detector
 from dfengine.errors import BundleNotFound, DeviceError, OptionError
 from dfengine.runtime import make_session
 from dfengine.track import Linker
+from dfengine.types import Plan
 
 FRAME_BYTES = 320 * 240 * 3 // 2  # of FACE
 SEVEN = "uniform:7"
@@ -403,6 +404,30 @@ def test_frames_chooses_how_many(bundle: Path, clips: dict[str, Path]) -> None:
     for frames, scored in ((5, 5), (1, 1), ("every:12", 3), ("first:4:2", 2)):
         with Engine(bundle, frames=frames, mode="exact") as engine:
             assert engine.score(clips["face"]).frames_scored == scored
+
+
+def test_a_plan_changes_what_one_video_gets(
+    engine: Engine, clips: dict[str, Path], alone: dict[str, VideoScore]
+) -> None:
+    stages: list[str] = []
+    assert engine.plan == Plan(SEVEN, "reference", ("mean",))
+    less = engine.score(clips["face"], plan=Plan("uniform:2", "keyframe", ("mean",)), on_stage=stages.append)
+    assert (less.sampling, less.mode, less.frames_scored, list(less.members)) == ("uniform:2", "keyframe", 2, ["mean"])
+    assert [s for s in dict.fromkeys(stages) if s] == ["decode", "detect", "track", "backbone", "crop", "aggregate"]
+    assert stages[-1] == ""
+    assert (alone["face"].sampling, alone["face"].mode) == (SEVEN, "reference")
+    assert alone["face"].bundle_digest == engine.bundle.digest != ""
+    assert_same(engine.score(clips["face"]), alone["face"], tolerance=TOLERANCE["backbone", "float32"])
+
+
+def test_a_plan_says_the_mode_for_the_detector_too(bundle: Path, clips: dict[str, Path]) -> None:
+    """A plan gives what an engine made for it gives."""
+    with Engine(bundle, mode="exact") as exact, Engine(bundle, mode="reference") as reference:
+        assert_same(
+            reference.score(clips["two"], plan=exact.plan),
+            exact.score(clips["two"]),
+            tolerance=TOLERANCE["backbone", "float32"],
+        )
 
 
 def test_one_shot(bundle: Path, clips: dict[str, Path], alone: dict[str, VideoScore]) -> None:
