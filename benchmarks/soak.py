@@ -151,19 +151,13 @@ def run_unbroken(words: list[str], out: Path) -> dict[str, Any]:
     seconds = time.monotonic() - started
     table = np.array(samples)
     count = table[-1, 0]
-    settled = table[table[:, 0] >= count / 5]  # the first fifth warms up: pools, caches, the largest frames
-    slope = np.polyfit(settled[:, 0], settled[:, 1:], 1)[0] * 100
-
-    def near(share: float) -> list[float]:
-        part = table[np.abs(table[:, 0] / count - share) <= 0.05]
-        return [round(float(v), 1) for v in np.median(part[:, 1:], axis=0)]
+    quarters = np.array_split(table, 4)
 
     return {
         "seconds": round(seconds, 1),
         "videos_per_second": round(float(count) / seconds, 2),
-        "memory_mib_parent_and_workers": {f"{share:.0%}": near(share) for share in (0.1, 0.25, 0.5, 0.75, 0.95)},
-        "memory_mib_peak": [round(float(v), 1) for v in table[:, 1:].max(axis=0)],
-        "growth_mib_per_100_videos": [round(float(v), 3) for v in slope],
+        "median_mib_by_quarter": [[round(float(v), 1) for v in np.median(q[:, 1:], axis=0)] for q in quarters],
+        "peak_mib_by_quarter": [[round(float(v), 1) for v in q[:, 1:].max(axis=0)] for q in quarters],
     }
 
 
@@ -239,7 +233,7 @@ def main() -> None:
         missing = {str(p) for p in (work / "videos").iterdir()} ^ table.keys()
         print(f"answers: {dict(answers)}; files without exactly one row: {len(missing)}")
         result: dict[str, Any] = {
-            "what": "one row a file, memory over the run (parent, all workers together), kill -9 and --resume",
+            "what": "one row a file; memory of the run itself and of all workers together; kill -9 and --resume",
             "files": args.count, "kinds": dict(kinds), "answers": dict(answers), "without_a_row": sorted(missing),
             "unbroken": unbroken,
         }  # fmt: skip
