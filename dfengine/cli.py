@@ -174,7 +174,8 @@ def _progress(batch: Batch, total: int, *, shown: bool) -> Iterator[Callable[[Vi
     )  # fmt: skip
     started = time.monotonic()
     failed = 0
-    with Progress(*columns, console=console, transient=True) as bar:
+    # Redirected, what is printed goes above the bar, on stderr: right only where both are the same terminal.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task("scoring", total=total, visible=total > 1, state="starting")
         patience = threading.Timer(PATIENCE_SECONDS, lambda: bar.update(task, visible=True))
         patience.start()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 from assets import FACE, write_bundle, write_clip
@@ -147,11 +148,29 @@ def test_a_terminal_gets_a_table(folder: Path, color: bool) -> None:
     assert status == 1
 
 
-def _in_terminal(folder: Path, words: list[str], env: dict[str, str]) -> tuple[str, int]:
-    """Runs the command with a terminal as stdout and stderr: what it showed, and its exit code."""
+def test_a_bar_on_the_terminal_leaves_results_in_the_pipe(folder: Path, tmp_path: Path) -> None:
+    with (tmp_path / "rows.jsonl").open("wb") as file:
+        words = ["score", "clips", "--bundle", "bundle", "--json", "--time-limit", "60s"]
+        shown, status = _in_terminal(folder, words, {"TERM": "xterm-256color", "COLUMNS": "120"}, stdout=file)
+    assert [json.loads(line)["path"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] != []
+    assert "1 failed" in shown
+    assert "videos/s" in shown
+    assert "limit in 0:00:5" in shown
+    assert "eta" in shown
+    assert status == 1
+
+
+def _in_terminal(
+    folder: Path, words: list[str], env: dict[str, str], *, stdout: IO[bytes] | None = None
+) -> tuple[str, int]:
+    """Runs the command with a terminal as stderr, and as stdout if not told: what it showed, and its exit code."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "dfengine", *words], cwd=folder, env=os.environ | env, stdout=theirs, stderr=theirs
+        [sys.executable, "-m", "dfengine", *words],
+        cwd=folder,
+        env=os.environ | env,
+        stdout=stdout or theirs,
+        stderr=theirs,
     )
     os.close(theirs)
     shown = b""
