@@ -1,105 +1,226 @@
 """The engine against the usual stack: same weights, same frames, same machine, one run.
 
-    python -m benchmarks.engine --videos DIR [--clip NAME] [--repeats 3]
+    python -m benchmarks.engine --videos DIR [--clips NAME ...] [--rounds 5] [--nets default ...]
 
-First the scores are compared over all videos of DIR, then one 1080p clip is timed, both cores for everybody.
+First the scores are compared over all videos of DIR; then the clips are scored again and again by each system, on all
+cores, each in a process of its own (which also tells its peak memory).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.baseline import Baseline
-from benchmarks.harness import save, time_calls
+from benchmarks.harness import save
 from dfengine import Bundle, Engine
 from dfengine.batch import VIDEO_SUFFIXES
 
 FRAMES = 17
+MODES = ("exact", "reference", "keyframe")
+DFDC_CLIPS = ("brtujopkby.mp4", "lynaeydofd.mp4", "widuwuoiur.mp4", "yhffcuhhjy.mp4")
+
+SEED, SEED_20, FAIR = "seed stack", "seed stack, 20 px", "fair stack"
+DESCRIPTIONS = {
+    SEED: "cv2 + facenet-pytorch MTCNN + torch, same min_face",
+    SEED_20: "the same with its own min_face of 20 px",
+    FAIR: "PyAV + all networks on OpenVINO + cv2/PIL crops, a video a core",
+    **{mode: f"dfengine, {mode}, a video a core" for mode in MODES},
+    **{f"{mode}, alone": f"dfengine, {mode}, one video at a time" for mode in MODES},
+    **{f"{mode}, bf16": f"dfengine, {mode}, a video a core, network in bfloat16" for mode in MODES},
+}
+
+# (videos) -> p_fake of each
+ScoreAll = Callable[[list[Path]], Iterable[float | None]]
 
 
-def compare_scores(videos: list[Path], bundle: Bundle, baseline: Baseline) -> dict[str, Any]:
-    """p_fake of every video by the baseline and by the engine in both modes; differences."""
-    rows = []
-    with Engine(bundle, frames=FRAMES, mode="exact") as exact, Engine(bundle, frames=FRAMES) as reference:
+def make_system(system: str, bundle: Bundle) -> ScoreAll:
+    if system in (SEED, SEED_20):
+        from benchmarks.baseline import Baseline
+
+        seed = Baseline(bundle, frames=FRAMES, min_face_px=20 if system == SEED_20 else None)
+        return lambda videos: [v.p_fake if (v := seed.score(path)) else None for path in videos]
+    if system == FAIR:
+        from benchmarks.baseline import FairBaseline
+
+        cores = len(os.sched_getaffinity(0))
+        pool, local = ThreadPoolExecutor(cores), threading.local()
+
+        def score(path: Path) -> float | None:
+            if not hasattr(local, "fair"):
+                local.fair = FairBaseline(bundle, frames=FRAMES)
+            verdict = local.fair.score(path)
+            return verdict.p_fake if verdict else None
+
+        return lambda videos: pool.map(score, videos)
+    engine = Engine(bundle, frames=FRAMES, mode=system.split(",")[0])
+    if system.endswith("alone"):
+        return lambda videos: [engine.score(path).p_fake for path in videos]
+    return lambda videos: [score.p_fake for score in engine.stream(videos, ordered=True)]
+
+
+def measure(system: str, folder: Path, videos: list[Path], rounds: int) -> dict[str, Any]:
+    """Seconds a video in each round over ``videos``, scores, peak memory of this process."""
+    bundle = Bundle.load(folder)
+    score_all = make_system(system, bundle)
+    scores = list(score_all(videos))  # and warms up
+    # Two videos at a time leave a core idle at the end of a round, so those rounds are longer.
+    repeated = videos if system in (SEED, SEED_20) else videos * 4
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        list(score_all(repeated))
+        seconds.append((time.perf_counter() - started) / len(repeated))
+    return {
+        "system": system,
+        "description": DESCRIPTIONS[system],
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "rounds": rounds,
+        "videos_per_s": 1 / statistics.median(seconds),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "p_fake": dict(zip([v.name for v in videos], scores, strict=True)),
+    }
+
+
+def measure_bound(mode: str, folder: Path, videos: list[Path], rounds: int) -> dict[str, float]:
+    """Mean CPU seconds a video by stage, on one thread; ``nets`` is the time inside the networks alone.
+
+    No engine that decodes these frames and runs these networks on these crops can be faster than (decode + nets) by the
+    number of cores.
+    """
+    from dfengine.runtime.openvino import OpenVinoSession
+
+    nets = 0.0
+    run = OpenVinoSession.run
+
+    def counted(self: OpenVinoSession, batch: Any) -> Any:
+        nonlocal nets
+        started = time.perf_counter()
+        result = run(self, batch)
+        nets += time.perf_counter() - started
+        return result
+
+    OpenVinoSession.run = counted  # type: ignore[method-assign]
+    per_round = []
+    with Engine(Bundle.load(folder), frames=FRAMES, mode=mode, threads=1, workers=1) as engine:
         for video in videos:
-            verdict = baseline.score(video)
-            row = {
-                "video": video.name,
-                "baseline": verdict.p_fake if verdict else None,
-                "exact": exact.score(video).p_fake,
-                "reference": reference.score(video).p_fake,
-            }
-            rows.append(row)
-            print(
-                f"  {video.name:<20}"
-                + "".join(f" {k} {'-' if v is None else f'{v:.4f}'}" for k, v in row.items() if k != "video")
-            )
-    agreement: dict[str, Any] = {"rows": rows}
-    for mode in ("exact", "reference"):
-        both = [(r["baseline"], r[mode]) for r in rows if r["baseline"] is not None and r[mode] is not None]
-        difference = np.abs(np.subtract(*np.array(both).T)) if both else np.full(1, np.nan)
-        agreement[mode] = {
-            "videos": len(both),
-            "mean_abs_difference": float(difference.mean()),
-            "max_abs_difference": float(difference.max()),
-        }
-        print(f"  {mode}: mean |dp| {difference.mean():.4f}, max {difference.max():.4f} over {len(both)} videos")
+            engine.score(video)
+        for _ in range(rounds):
+            nets = 0.0
+            stages: dict[str, float] = {}
+            for video in videos:
+                for stage, seconds in engine.score(video).timings.items():
+                    stages[stage] = stages.get(stage, 0.0) + seconds / len(videos)
+            per_round.append(stages | {"nets": nets / len(videos)})
+    return {stage: statistics.median(r[stage] for r in per_round) for stage in per_round[0]}
+
+
+def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls it in a fresh process, so that neither memory nor thread pools are shared."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def score_videos(system: str, folder: Path, videos: list[Path]) -> list[float | None]:
+    return list(make_system(system, Bundle.load(folder))(videos))
+
+
+def compare_scores(videos: list[Path], folder: Path) -> dict[str, Any]:
+    """p_fake of every video by the seed stack and by the engine in all modes; differences."""
+    systems = (SEED, FAIR, *MODES)
+    columns = {s: in_a_process(score_videos, s, folder, videos) for s in systems}
+    agreement: dict[str, Any] = {
+        "rows": [{"video": v.name} | {s: columns[s][i] for s in systems} for i, v in enumerate(videos)]
+    }
+    for system in systems[1:]:
+        pairs = zip(columns[SEED], columns[system], strict=True)
+        both = [(a, b) for a, b in pairs if a is not None and b is not None]
+        agreement[system] = {"videos": len(both)} | difference(both)
+        print(
+            f"  {system:<12} mean |dp| {agreement[system]['mean_abs_difference']:.4f}, "
+            f"max {agreement[system]['max_abs_difference']:.4f} over {len(both)} videos",
+            flush=True,
+        )
     return agreement
 
 
-def time_clip(clip: Path, bundle: Bundle, baseline: Baseline, repeats: int) -> list[dict[str, Any]]:
-    """Seconds a video, by system; the first is the opponent the ratios refer to."""
+def difference(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    d = np.abs(np.subtract(*np.array(pairs).T))
+    return {"mean_abs_difference": float(d.mean()), "max_abs_difference": float(d.max())}
+
+
+def time_systems(net: str, folders: dict[str, Path], clips: list[Path], rounds: int) -> dict[str, Any]:
+    """Every system on one network, ``folders`` by precision.
+
+    Ratios refer to the first, the seed stack, and to the second, the fair one.
+    """
+    opponents = [SEED, FAIR, SEED_20] if net == "default" else [SEED, FAIR]
+    alone = [f"{mode}, alone" for mode in MODES] if net == "default" else []
+    narrow = [f"{mode}, bf16" for mode in MODES[1:]] if "bf16" in folders else []
+    cores = len(os.sched_getaffinity(0))
     rows: list[dict[str, Any]] = []
-
-    def measure(system: str, call: Any) -> None:
-        rows.append({"system": system} | time_calls(call, repeats=repeats))
-        ratio = rows[0]["median_s"] / rows[-1]["median_s"]
-        rows[-1]["ratio"] = ratio
-        print(f"  {system:<58} {rows[-1]['median_s']:6.2f} s   {ratio:5.1f}x")
-
-    measure("cv2 + facenet-pytorch MTCNN + torch, same min_face", lambda: baseline.score(clip))
-    default_px = Baseline(bundle, frames=FRAMES, min_face_px=20)
-    measure("cv2 + facenet-pytorch MTCNN + torch, its own min_face 20 px", lambda: default_px.score(clip))
-    for mode in ("exact", "reference"):
-        with Engine(bundle, frames=FRAMES, mode=mode) as engine:
-            measure(f"dfengine, {mode}", lambda engine=engine: engine.score(clip))
-            stages: dict[str, list[float]] = {}
-            for _ in range(repeats):
-                for stage, seconds in engine.score(clip).timings.items():
-                    stages.setdefault(stage, []).append(seconds)
-            rows[-1]["stages_s"] = {stage: float(np.median(values)) for stage, values in stages.items()}
-    return rows
+    for system in (*opponents, *MODES, *narrow, *alone):
+        folder = folders["bf16" if system in narrow else "fp32"]
+        row = in_a_process(measure, system, folder, clips, 3 if system in opponents else rounds)
+        rows.append(row)
+        row["ratio"] = rows[0]["median_s"] / row["median_s"]
+        if len(rows) > 1:
+            row["ratio_to_fair"] = rows[1]["median_s"] / row["median_s"]
+        row |= difference([(rows[0]["p_fake"][c.name], row["p_fake"][c.name]) for c in clips])
+        text = f"  {row['description']:<66} {row['median_s']:6.3f} s/video {row['ratio']:5.1f}x"
+        if system in MODES:
+            row["cpu_s"] = in_a_process(measure_bound, system, folder, clips, rounds)
+            row["bound_s"] = (row["cpu_s"]["decode"] + row["cpu_s"]["nets"]) / cores
+            row["share_of_bound"] = row["bound_s"] / row["median_s"]
+            text += f", {100 * row['share_of_bound']:.0f} % of the bound"
+        print(text, flush=True)
+    return {"net": net, "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=Path, required=True, help="folder of videos")
-    parser.add_argument("--clip", default="lynaeydofd.mp4", help="the clip in it that is timed")
-    parser.add_argument("--bundle", default="default")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clips", nargs="+", default=DFDC_CLIPS, help="those in it that are timed")
+    parser.add_argument("--nets", nargs="+", default=["default", "efficientnet_b1", "xception"])
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     videos = sorted(p for p in args.videos.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
-    clip = args.videos / args.clip
-    if clip not in videos:
-        parser.error(f"{clip} is not there; name one of: {', '.join(v.name for v in videos)}")
+    clips = [args.videos / name for name in args.clips]
+    for clip in clips:
+        if clip not in videos:
+            parser.error(f"{clip} is not there; name some of: {', '.join(v.name for v in videos)}")
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    bundle = Bundle.load(args.bundle)
-    baseline = Baseline(bundle, frames=FRAMES)
-    print(f"agreement over {len(videos)} videos")
-    agreement = compare_scores(videos, bundle, baseline)
-    print(f"seconds for {clip.name}, {FRAMES} frames, median of {args.repeats}")
-    timing = time_clip(clip, bundle, baseline, args.repeats)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders: dict[str, dict[str, Path]] = {}
+        for net in args.nets:
+            if net == "default":
+                folders[net] = {"fp32": Bundle.load(net).folder}
+            else:
+                from benchmarks.nets import make_bundle
+
+                folders[net] = {p: make_bundle(net, Path(temporary), p).folder for p in ("fp32", "bf16")}
+        print(f"agreement over {len(videos)} videos, default bundle")
+        agreement = compare_scores(videos, Bundle.load("default").folder)
+        timing = []
+        for net, by_precision in folders.items():
+            print(f"{net}: {', '.join(args.clips)}; {FRAMES} frames, all cores")
+            timing.append(time_systems(net, by_precision, clips, args.rounds))
     result = {
-        "what": f"one video at a time, {FRAMES} frames, all cores; networks are loaded before",
-        "bundle": bundle.name, "clip": clip.name, "videos": [v.name for v in videos],
-        "agreement": agreement, "timing": timing,
+        "what": f"{FRAMES} frames a video, all cores; networks are loaded before; each system in its own process",
+        "clips": list(args.clips), "videos": [v.name for v in videos], "agreement": agreement, "timing": timing,
     }  # fmt: skip
     print("wrote", save("engine", result).name)
 

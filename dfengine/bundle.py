@@ -23,6 +23,7 @@ SCHEMA_VERSION = 1
 PACKAGED = Path(__file__).parent / "bundles"
 
 T = TypeVar("T")
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,9 @@ class ModelSpec:
     resize: Literal["triangle", "area", "bilinear"] = "triangle"
     padding: Literal["edge", "zero"] = "edge"
     weight: float = 1.0
+    # bf16: the network may run in bfloat16 where the processor has units for it, about twice as fast. Its logits then
+    # depend on the machine, in the third digit.
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)

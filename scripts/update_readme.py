@@ -1,4 +1,4 @@
-"""Draws the README's tables from the result files, between their markers.
+"""Draws the README's tables, between their markers, and its chart from the result files.
 
 python scripts/update_readme.py            # rewrites README.md
 python scripts/update_readme.py --check    # exit code 1 if that would change it
@@ -14,31 +14,88 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 NOT_MEASURED = "Not measured."
+NETS = {"default": "default bundle", "efficientnet_b1": "EfficientNet-B1, 240 px", "xception": "Xception, 299 px"}
 
 
 def engine_table(result: dict[str, Any]) -> str:
     machine, agreement = result["machine"], result["agreement"]
     lines = [
-        f"One 1080p H.264 video of 10 s (`{result['clip']}`), 17 frames, one video at a time, networks loaded before; "
-        f"median of {result['timing'][0]['repeats']} on {machine['cpu']}, {machine['cores']} cores, {machine['date']}:",
-        "",
-        "| system, same weights | s/video | min to max | faster |",
-        "|---|---|---|---|",
+        f"{len(result['clips'])} DFDC clips of 10 s in 1080p H.264, 17 frames each, networks loaded before; median of "
+        f"rounds over them on {machine['cpu']}, {machine['cores']} cores, {machine['date']}. *Share of the bound*: "
+        "of the CPU time that decoding the needed frames and running the networks takes by itself.",
     ]
-    for row in result["timing"]:
-        lines.append(
-            f"| {row['system']} | {row['median_s']:.2f} | {row['min_s']:.2f} to {row['max_s']:.2f} "
-            f"| {row['ratio']:.1f}x |"
-        )
+    for part in result["timing"]:
+        lines += [
+            "",
+            f"| {NETS.get(part['net'], part['net'])} | s/video | min to max | faster | than the fair stack "
+            "| share of the bound | MiB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in part["rows"]:
+            to_fair = f"{row['ratio_to_fair']:.1f}x" if "ratio_to_fair" in row else ""
+            share = f"{100 * row['share_of_bound']:.0f} %" if "share_of_bound" in row else ""
+            lines.append(
+                f"| {row['description']} | {row['median_s']:.2f} | {row['min_s']:.2f} to {row['max_s']:.2f} "
+                f"| {row['ratio']:.1f}x | {to_fair} | {share} | {row['peak_memory_mib']:.0f} |"
+            )
     both = "; ".join(
-        f"`{mode}` mean {agreement[mode]['mean_abs_difference']:.4f}, max {agreement[mode]['max_abs_difference']:.4f}"
-        for mode in ("exact", "reference")
+        f"`{system}` mean {agreement[system]['mean_abs_difference']:.4f}, "
+        f"max {agreement[system]['max_abs_difference']:.4f}"
+        for system in ("exact", "reference", "keyframe")
     )
     lines += [
         "",
-        "The scores agree: absolute difference of p_fake to the first row "
-        f"over {len(result['videos'])} videos: {both}.",
+        "![Videos per second by system and network](docs/engine.png)",
+        "",
+        "The scores agree, with the default bundle: absolute difference of p_fake to the first row over "
+        f"{len(result['videos'])} videos: {both}. (`keyframe` looks at other moments of a video.)",
     ]
+    return "\n".join(lines)
+
+
+def draw_engine_chart(result: dict[str, Any], path: Path) -> None:
+    """Videos per second, a group of bars for each network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    systems = {"seed stack": "#9aa5b1", "fair stack": "#616e7c", "exact": "#7cc4fa", "reference": "#2186eb",
+               "keyframe": "#03449e"}  # fmt: skip
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    for i, (system, colour) in enumerate(systems.items()):
+        rows = [next(r for r in part["rows"] if r["system"] == system) for part in result["timing"]]
+        places = [group + (i - 2) * 0.17 for group in range(len(rows))]
+        label = system if system.endswith("stack") else f"dfengine, {system}"
+        bars = axes.bar(places, [r["videos_per_s"] for r in rows], 0.16, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    axes.set_xticks(range(len(result["timing"])), [NETS.get(p["net"], p["net"]) for p in result["timing"]])
+    axes.set_ylabel("videos per second")
+    axes.set_title(f"1080p clips of 10 s, 17 frames, {result['machine']['cores']} cores", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def kaggle_table(result: dict[str, Any]) -> str:
+    columns = list(result["rows"][0]["cells"])
+    lines = [
+        f"Hours for {result['count']} videos like the {len(result['sample'])} of the sample, by the CPU alone, with "
+        f"a 95 % interval over videos; **bold** is within {result['limit_hours']:g} hours for certain. "
+        f"GPU: {result['gpu']}.",
+        "",
+        "| networks | " + " | ".join(f"{c} frames" for c in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for row in result["rows"]:
+        cells = []
+        for cell in row["cells"].values():
+            hours = f"{cell['hours']:.1f}"
+            cells.append(
+                (f"**{hours}**" if cell["fits"] else hours) + f" ({cell['hours_low']:.1f} to {cell['hours_high']:.1f})"
+            )
+        lines.append(f"| {row['members']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -80,6 +137,7 @@ def render(readme: str) -> str:
     """The README with its tables filled in."""
     sources = {
         "engine": (ROOT / "benchmarks/results/engine.json", engine_table),
+        "kaggle": (ROOT / "benchmarks/results/kaggle.json", kaggle_table),
         "ops": (ROOT / "benchmarks/results/ops.json", ops_table),
         "default": (ROOT / "dfengine/bundles/default/bundle.json", default_note),
     }
@@ -98,6 +156,7 @@ def main() -> None:
     if "--check" in sys.argv[1:]:
         sys.exit(old != new)
     README.write_text(new)
+    draw_engine_chart(json.loads((ROOT / "benchmarks/results/engine.json").read_text()), ROOT / "docs/engine.png")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 
@@ -213,3 +214,19 @@ def test_an_error_of_make_crops_reaches_the_caller(tmp_path):
 
     with pytest.raises(KeyError, match="mine"):
         Backbone(make_bundle(tmp_path, (make_onnx(), {}))).run(1, broken)
+
+
+def test_bfloat16_is_used_where_asked_for_and_nowhere_else(rng) -> None:
+    from openvino import Core
+
+    bundle = Bundle.load("default")
+    narrow = dataclasses.replace(
+        bundle, members=tuple(dataclasses.replace(m, precision="bf16") for m in bundle.members)
+    )
+    member = bundle.members[0]
+    crops = rng.standard_normal((4, 3, *member.input_hw)).astype(np.float32)
+    crops = Crops(crops, *(np.arange(4, dtype=np.int64) for _ in range(3)))
+    wide, half = (Backbone(b).run(4, lambda spec, rows: crops)[member.name] for b in (bundle, narrow))
+    # bfloat16 has 8 bits of precision; the sums of a network keep about two decimal digits of it.
+    assert np.abs(half - wide).max() <= 0.05 * max(1, np.abs(wide).max())
+    assert np.array_equal(half, wide) == ("BF16" not in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))

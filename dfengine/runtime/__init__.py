@@ -41,4 +41,6 @@ def make_session(bundle: Bundle, member: str, *, threads: int) -> Session:
     from dfengine.runtime.openvino import OpenVinoSession
 
     spec = bundle.member(member)
-    return OpenVinoSession(f"{bundle.name}/{member}", bundle.onnx_bytes(spec), threads=threads)
+    return OpenVinoSession(
+        f"{bundle.name}/{member}", bundle.onnx_bytes(spec), threads=threads, precision=spec.precision
+    )
