@@ -195,7 +195,7 @@ def _make_job(path: str, what: list[Any]) -> Job:
         size, changed_ns = status.st_size, status.st_mtime_ns
     except (OSError, ValueError):  # becomes a row that says why
         size, changed_ns = 0, 0
-    key = json.dumps([os.fsencode(path).hex(), size, changed_ns, *what])
+    key = json.dumps([path.encode("utf-8", "surrogatepass").hex(), size, changed_ns, *what])
     return Job(path, size, hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
@@ -275,7 +275,7 @@ class _Run:
     def _allot(self, attempt: _Attempt) -> bool:
         """Decides how much work a video gets; False if there is no time for it."""
         size = attempt.job.size_bytes
-        attempt.timeout_seconds = self._batch.timeout_seconds or max(TIMEOUT_SECONDS, TIMEOUT_SECONDS_PER_BYTE * size)
+        attempt.timeout_seconds = self._batch.timeout_seconds or TIMEOUT_SECONDS + TIMEOUT_SECONDS_PER_BYTE * size
         if self._deadline is None:
             return True
         others = [other.job.size_bytes for other in (*self._waiting, *self._alone)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -176,11 +177,13 @@ def test_a_result_that_was_sent_is_kept_when_its_worker_dies(bundle: Bundle, fak
     try:
         wait_until(lambda: bool(worker.receive()))
         worker.give(Task(path, Plan("uniform:8", "reference", ("mean",)), 60))
-        wait_until(lambda: "end" in fakes.read_text())
-        time.sleep(0.2)  # between the end of the score and its arrival
+        with socket.socket(fileno=os.dup(worker.fileno())) as arrived:
+            wait_until(lambda: b"VideoScore" in arrived.recv(1 << 16, socket.MSG_PEEK))
         os.kill(worker.pid, signal.SIGKILL)
         wait_until(lambda: not alive(worker.pid))
-        score, died = worker.receive()
+        messages: list[object] = []
+        wait_until(lambda: bool(messages.extend(worker.receive())) or isinstance(messages[-1], Died))
+        score, died = messages
         assert isinstance(score, VideoScore)
         assert score.status == "ok"
         assert isinstance(died, Died)
@@ -308,6 +311,13 @@ def test_a_file_that_is_named_twice_is_scored_once(
     batch = Batch(["ok-b", "./ok-a", "ok-b", str(tmp_path / "ok-a")], bundle=bundle)
     assert [job.path for job in batch.jobs] == ["ok-b", "./ok-a"]
     assert batch.repeated == 2
+
+
+def test_a_name_that_no_file_can_have_is_a_row(bundle: Bundle) -> None:
+    (row,) = Batch(["half \ud800 a pair"], bundle=bundle).run()
+    assert row.error is not None
+    assert row.error.type == "SourceNotFound"
+    assert row.path == r"half \ud800 a pair"
 
 
 def test_a_request_is_about_the_file_and_what_was_asked(bundle: Bundle, tmp_path: Path) -> None:
