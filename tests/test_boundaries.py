@@ -42,7 +42,7 @@ MAY_IMPORT = {
 
 # Packages from elsewhere -> the layers that may import them. The standard library and numpy are free.
 ELSEWHERE = {
-    "av": {"decode", "info"},
+    "av": {"decode", "audio", "info"},
     "openvino": {"runtime"},
     "typer": {"cli"},
     "rich": {"cli"},
