@@ -9,6 +9,7 @@ What has been through H.264 is handed on as the decoder's YUV planes: the networ
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image as PilImage
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
@@ -153,13 +155,19 @@ def augment_pixels(
     if on["noise"]:
         noise = np.random.default_rng(noise_seed).standard_normal(x.shape, np.float32)
         x = x + _between(settings.noise_sigma, noise_sigma) * torch.from_numpy(noise)
-    stored = (x * 255).round().clamp(0, 255).byte()
+    pixels = (x * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
     if on["jpeg"]:
-        stored = torch.stack([transforms.jpeg(p, round(_between(settings.jpeg_quality, quality))) for p in stored])
-    pixels = stored.permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = np.stack([through_jpeg(p, round(_between(settings.jpeg_quality, quality))) for p in pixels])
     if on["h264"]:
         return through_h264(pixels, round(_between(settings.h264_crf, crf))), boxes
     return [Image.from_rgb(p) for p in pixels], boxes
+
+
+def through_jpeg(rgb: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    """RGB (H, W, 3) -> the same after JPEG (4:2:0). Pillow's, since torchvision gives up its own."""
+    file = io.BytesIO()
+    PilImage.fromarray(rgb).save(file, "JPEG", quality=quality)
+    return np.asarray(PilImage.open(file))
 
 
 def through_h264(pixels: NDArray[np.uint8], crf: int) -> list[Image]:

@@ -1,9 +1,9 @@
-"""The table of faces, and batches from it.
+"""Batches from a table of faces.
 
-``FaceTable`` is what training.faces wrote. ``Batches`` turns one split of it into network input: which faces an epoch
-has, their augmentation and the fakes made from them, and at the end the crop that dfengine.crop cuts, as the engine
-would. Every number that chance decides comes from (seed, epoch, position in the epoch) alone: several processes that
-share the work see what one would have seen, and a run that goes on at any batch sees what it would have seen.
+``Batches`` turns one split of what training.faces wrote into network input: which faces an epoch has, their
+augmentation and the fakes made from them, and at the end the crop that dfengine.crop cuts, as the engine would. Every
+number that chance decides comes from (seed, epoch, position in the epoch) alone: several processes that share the work
+see what one would have seen, and a run that goes on at any batch sees what it would have seen.
 
 ``python -m training.data FACES --out sheet.png`` draws some pseudo-fakes of the training split.
 """
@@ -18,11 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image as PilImage
@@ -33,39 +31,13 @@ from dfengine.backbone import clip_rows
 from dfengine.bundle import ModelSpec
 from dfengine.crop import crop_boxes, crop_faces
 from dfengine.errors import DfengineError, OptionError
-from dfengine.types import F32, F64, I64, Image
+from dfengine.types import F32, I64, Image
 
 from .augment import AugmentSettings, Draws, augment_pixels, jitter_boxes, mix
 from .fakes import FakeSettings, Pairs, crop_masks, make_pairs
-from .labels import SPLITS, check_disjoint
+from .table import DataError, FaceTable
 
-# What is known of one face, and of a file as a whole. Boxes are xyxy pixels of the upright frame.
-FACE_FIELDS = pa.schema(
-    [
-        ("track", pa.int32()),
-        ("pts_seconds", pa.float64()),
-        ("index", pa.int64()),  # of the frame, in the order of presentation
-        ("box", pa.list_(pa.float32(), 4)),
-        ("landmarks", pa.list_(pa.float32(), 10)),  # x, y of five points; null where the box was filled in
-        ("confidence", pa.float32()),
-        ("crop", pa.string()),  # file of the stored region, relative to the folder
-        ("crop_xyxy", pa.list_(pa.int32(), 4)),  # where that region lies in the frame, whole pixels
-        ("crop_hw", pa.list_(pa.int32(), 2)),  # its stored size: smaller than the region if it was scaled down
-        ("failure", pa.string()),  # why there is no face; all of the above is null then
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),  # of the video or photo, relative to the source
-        ("label", pa.int8()),  # 1 fake, 0 real, null for photos, which are real
-        ("source_id", pa.string()),  # what must stay in one split
-        ("original", pa.string()),  # path of the video a fake was made from, if it is in the table
-        ("dataset", pa.string()),
-        ("split", pa.string()),
-        *FACE_FIELDS,
-    ]
-)
-
+__all__ = ["Batch", "Batches", "DataError", "DataSettings", "FaceTable"]
 
 # Pixels of network input, along a side, that share a cell of Batch.mask: the stride of common backbones' features.
 MASK_STRIDE = 16
@@ -77,10 +49,6 @@ CANVAS_ZOOM, CANVAS_ROOM = 1.25, 0.4
 # A swap's donor is the one of so many faces drawn whose landmarks lie most alike (after Face X-ray, Li et al. 2020,
 # arXiv:1912.13458, which takes the nearest of all).
 DONOR_CANDIDATES = 16
-
-
-class DataError(DfengineError, ValueError):
-    """The faces cannot be used for what is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,160 +65,6 @@ class DataSettings:
         for name in ("per_video", "workers"):
             if getattr(self, name) < 0:
                 raise OptionError(f"data.{name} must be 0 or more, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, eq=False)
-class FaceTable:
-    """Faces and failed files, one row each, N in all. Failed rows have ``failure`` and NaN or 0 for the rest."""
-
-    folder: Path
-    source: Path  # what ``path`` is relative to
-    path: NDArray[Any]  # (N,) str
-    label: NDArray[np.int64]  # (N,), 1 fake; photos are real
-    source_id: NDArray[Any]
-    original: NDArray[Any]  # (N,) str or None
-    dataset: NDArray[Any]
-    split_name: NDArray[Any]
-    track: I64
-    pts_seconds: F64
-    index: I64
-    box: F32  # (N, 4), xyxy in the upright frame
-    landmarks: F32  # (N, 5, 2), NaN where the box was filled in
-    confidence: F32
-    crop: NDArray[Any]
-    crop_xyxy: F32  # (N, 4), whole pixels
-    crop_hw: I64  # (N, 2)
-    failure: NDArray[Any]  # (N,) str or None
-
-    @classmethod
-    def load(cls, folder: Path | str) -> FaceTable:
-        """Reads what training.faces wrote. Raises DataError."""
-        folder = Path(folder)
-        file = folder / "faces.parquet"
-        try:
-            table = pq.read_table(file)
-        except FileNotFoundError:
-            raise DataError("there is no faces.parquet; make it with python -m training.faces", path=folder) from None
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"the table cannot be read ({error}); make it again", path=file) from None
-        about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        if missing := set(SCHEMA.names) - set(table.column_names):
-            raise DataError(f"the table has no column {min(missing)!r}; make it again", path=file)
-
-        def text(name: str) -> NDArray[Any]:
-            return np.array(table[name].to_pylist(), object)
-
-        def number(name: str, dtype: Any, fill: float = 0) -> NDArray[Any]:
-            return table[name].fill_null(fill).to_numpy().astype(dtype)
-
-        def vector(name: str, dtype: Any, width: int) -> NDArray[Any]:
-            empty = [np.nan if dtype is np.float32 else 0] * width
-            return np.array([v or empty for v in table[name].to_pylist()], dtype).reshape(-1, width)
-
-        return cls(
-            folder,
-            Path(about.get("source", "")),
-            text("path"),
-            number("label", np.int64),
-            text("source_id"),
-            text("original"),
-            text("dataset"),
-            text("split"),
-            number("track", np.int64),
-            number("pts_seconds", np.float64),
-            number("index", np.int64),
-            vector("box", np.float32, 4),
-            vector("landmarks", np.float32, 10).reshape(-1, 5, 2),
-            number("confidence", np.float32),
-            text("crop"),
-            vector("crop_xyxy", np.float32, 4),
-            vector("crop_hw", np.int64, 2),
-            text("failure"),
-        )
-
-    def __len__(self) -> int:
-        return len(self.path)
-
-    def __getitem__(self, rows: NDArray[Any]) -> FaceTable:
-        """Some of the rows, by mask or number."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[rows] for k, v in columns.items() if isinstance(v, np.ndarray)})
-
-    def split(self, name: str) -> FaceTable:
-        """The rows of "train", "val" or "test", failed ones too. Raises DataError; LabelsError if a source leaks."""
-        check_disjoint(self.source_id, self.split_name)
-        of_path = dict(zip(self.path, self.split_name, strict=True))
-        for path, original, split in zip(self.path, self.original, self.split_name, strict=True):
-            if original is not None and of_path.get(original, split) != split:
-                raise DataError(
-                    f"the fake {path!r} is in {split}, its original {original!r} in {of_path[original]}; "
-                    "split by identity",
-                    path=self.folder,
-                )
-        part = self[self.split_name == name]
-        if not len(part.faces):
-            known = ", ".join(s for s in SPLITS if (self.split_name == s).any())
-            raise DataError(
-                f"no face is in split {name!r}, only in {known or 'none'}; give it files with training.faces --split",
-                path=self.folder,
-            )
-        return part
-
-    @property
-    def faces(self) -> FaceTable:
-        return self[np.array([f is None for f in self.failure], bool)]
-
-    @property
-    def failures(self) -> dict[str, str]:
-        """Why there is no face, by path."""
-        return {p: f for p, f in zip(self.path, self.failure, strict=True) if f is not None}
-
-    def rows_by_video(self) -> dict[str, I64]:
-        """Row numbers of the faces of each video, in the order of the table."""
-        rows: dict[str, list[int]] = {}
-        for row, (path, failure) in enumerate(zip(self.path, self.failure, strict=True)):
-            if failure is None:
-                rows.setdefault(path, []).append(row)
-        return {path: np.array(r, np.int64) for path, r in rows.items()}
-
-    def read_crop(self, row: int) -> NDArray[np.uint8]:
-        """The stored region, RGB (H, W, 3). Raises DataError."""
-        file = self.folder / self.crop[row]
-        try:
-            with PilImage.open(file) as image:
-                rgb = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise DataError(
-                f"the crop cannot be read ({error}); remove its table in parts/ and run training.faces", path=file
-            ) from None
-        if rgb.shape[:2] != tuple(self.crop_hw[row]):
-            raise DataError(f"the crop has size {rgb.shape[:2]}, the table says {tuple(self.crop_hw[row])}", path=file)
-        return np.ascontiguousarray(rgb)
-
-    def in_crop(self, row: int, points: F32) -> F32:
-        """Points (..., 2) of the frame -> points of the stored region."""
-        x1, y1, x2, y2 = self.crop_xyxy[row]
-        h, w = self.crop_hw[row]
-        scale = np.array([w / (x2 - x1), h / (y2 - y1)], np.float32)
-        return ((points - np.array([x1, y1], np.float32)) * scale).astype(np.float32)
-
-    def summary(self) -> str:
-        """What is in it, by split, and what failed."""
-        lines = []
-        for split in SPLITS:
-            rows = self[self.split_name == split]
-            videos = rows.rows_by_video()
-            fakes = sum(int(rows.label[r[0]]) for r in videos.values())
-            if len(rows):
-                lines.append(
-                    f"{split}: {sum(map(len, videos.values()))} faces of {len(videos)} files "
-                    f"({len(videos) - fakes} real, {fakes} fake), {len(set(rows.source_id))} sources"
-                )
-        failures = self.failures
-        if failures:
-            path = min(failures)
-            lines.append(f"{len(failures)} files failed, the first is {path}: {failures[path]}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,13 +142,15 @@ class Batches:
         self._labels = {path: int(self.faces.label[rows[0]]) for path, rows in self._videos.items()}
         self._real = [p for p, label in self._labels.items() if label == 0]
         self._fake = [p for p, label in self._labels.items() if label == 1]
-        finite = np.isfinite(self.faces.landmarks).all(axis=(1, 2))
-        self._donors = np.flatnonzero(finite & (self.faces.label == 0))
+        self._makes_fakes = fakes.ratio > 0 and (self.training or not self._fake)
+        self._landmarks = _fill_landmarks(self.faces)
+        self._donors = np.flatnonzero(self.faces.label == 0)
         self._canvas = _canvas_spec(spec)
         self._mask_hw = (-(-spec.input_hw[0] // MASK_STRIDE), -(-spec.input_hw[1] // MASK_STRIDE))
         self._where = f"split {split!r} of {table.folder}"
         self._check()
         self._length = self._count_batches()
+        self._class_weight = self._weigh_classes()
 
     def __len__(self) -> int:
         """Batches of an epoch, the same for all epochs and processes."""
@@ -370,6 +186,9 @@ class Batches:
                 raise DataError(f"{self._where}: {message}")
 
         ratio = self.fakes.ratio
+        if self._makes_fakes:
+            lost = int((~np.isfinite(self._landmarks[self.faces.label == 0])).any(axis=(1, 2)).sum())
+            require(lost == 0, f"pseudo-fakes need landmarks, {lost} faces have none; run training.faces again")
         if not self.training:
             return
         have = f"{len(self._real)} real and {len(self._fake)} fake files"
@@ -406,56 +225,52 @@ class Batches:
             )
         return samples // self.batch
 
+    def _weigh_classes(self) -> Tensor:
+        """(2,), by label."""
+        if not self.training or self.data.balance != "weights":
+            return torch.ones(2)
+        rng = np.random.default_rng(0)
+        samples = [sum(len(self._draw_rows(path, rng)) for path in paths) for paths in (self._real, self._fake)]
+        return sum(samples) / (2 * torch.tensor(samples, dtype=torch.float32))
+
     def _plan(self, epoch: int) -> list[_Sample]:
         """The samples of an epoch in order, ``batch`` of them a batch."""
         if not self.training:
             return self._plan_evaluation()
         rng = np.random.default_rng((self.seed, epoch, 0))
-        real, fake = self._real, self._fake
         if self.fakes.ratio > 0:
             return self._plan_pairs(rng, epoch)
-        if self.data.balance == "undersample":
+        real, fake = ([r for path in paths for r in self._draw_rows(path, rng)] for paths in (self._real, self._fake))
+        if self.data.balance == "undersample":  # of samples: videos may have fewer faces than they are asked for
             count = min(len(real), len(fake))
-            real = [real[i] for i in np.sort(rng.permutation(len(real))[:count])]
-            fake = [fake[i] for i in np.sort(rng.permutation(len(fake))[:count])]
-        rows = [r for path in [*real, *fake] for r in self._draw_rows(path, rng)]
+            real, fake = ([rows[i] for i in rng.permutation(len(rows))[:count]] for rows in (real, fake))
+        rows = [*real, *fake]
         return [_Sample(rows[i], (epoch, 1, n)) for n, i in enumerate(rng.permutation(len(rows)))]
 
     def _plan_pairs(self, rng: np.random.Generator, epoch: int) -> list[_Sample]:
         reals = [r for path in self._real for r in self._draw_rows(path, rng)]
-        order = rng.permutation(len(reals))
-        partners: list[_Sample] = []
-        drawn: list[str] = []
-        samples = []
-        for n, i in enumerate(order):
-            key = (epoch, 1, n)
-            can_fake = bool(np.isfinite(self.faces.landmarks[reals[i]]).all())
-            pseudo = rng.random() < self.fakes.ratio and can_fake
-            if pseudo or not self._fake:
-                partner = _Sample(reals[i], key, is_fake=True, in_pair=True)
-            else:
-                if not drawn:  # all of them, in random order, before any comes again
-                    drawn = [self._fake[k] for k in rng.permutation(len(self._fake))]
-                (rows,) = self._draw_rows(drawn.pop(), rng, count=1)
-                partner = _Sample(rows, (epoch, 2, n))
-            if partner.is_fake and not can_fake:
-                continue  # a face without landmarks, and no fake to put in its place
-            samples.append(_Sample(reals[i], key, in_pair=partner.is_fake))
-            partners.append(partner)
+        samples, partners = [], []
+        fakes: list[str] = []
+        for n, i in enumerate(rng.permutation(len(reals))):
+            samples.append(_Sample(reals[i], (epoch, 1, n), in_pair=True))
+            if rng.random() < self.fakes.ratio:
+                partners.append(replace(samples[-1], is_fake=True))
+                continue
+            samples[-1] = replace(samples[-1], in_pair=False)
+            if not fakes:  # all of them, in random order, before any comes again
+                fakes = [self._fake[k] for k in rng.permutation(len(self._fake))]
+            (rows,) = self._draw_rows(fakes.pop(), rng, count=1)
+            partners.append(_Sample(rows, (epoch, 2, n)))
         half = self.batch // 2
         starts = range(0, len(samples), half)
         return [s for k in starts for s in (*samples[k : k + half], *partners[k : k + half])]
 
     def _plan_evaluation(self) -> list[_Sample]:
         rows = [r for of_video in self._videos.values() for r in self._all_rows(of_video)]
-        make_fakes = self.fakes.ratio > 0 and not self._fake
-        samples = []
-        for n, r in enumerate(rows):
-            pair = make_fakes and bool(np.isfinite(self.faces.landmarks[r]).all())
-            samples.append(_Sample(r, (0, 3, n), in_pair=pair))
-            if pair:
-                samples.append(_Sample(r, (0, 3, n), is_fake=True, in_pair=True))
-        return samples
+        samples = [_Sample(r, (0, 3, n), in_pair=self._makes_fakes) for n, r in enumerate(rows)]
+        if not self._makes_fakes:
+            return samples
+        return [s for real in samples for s in (real, replace(real, is_fake=True))]
 
     def _draw_rows(self, path: str, rng: np.random.Generator, count: int | None = None) -> list[I64]:
         """Random faces or clips of a video: ``count`` of them, or as the settings say; each (T,)."""
@@ -518,7 +333,7 @@ class Batches:
             x.to(self.device),
             self._load_audio(paths),
             y.to(self.device),
-            self._weights(y).to(self.device),
+            self._class_weight[y.long()].to(self.device),
             torch.stack(masks).to(self.device) if self.fakes.ratio > 0 else None,
             [f"{p}#fake" if s.is_fake else p for s, p in zip(share, paths, strict=True)],
             [self.faces.source_id[s.rows[0]] for s in share],
@@ -567,7 +382,7 @@ class Batches:
         wide = crop_boxes(faces.box[rows], spec)
         scale = spec.input_hw[0] / (wide[:, None, 2:] - wide[:, None, :2])  # (N, 1, 2)
         boxes = (faces.box[rows].reshape(-1, 2, 2) - wide[:, None, :2]) * scale
-        landmarks = (faces.landmarks[rows] - wide[:, None, :2]) * scale
+        landmarks = (self._landmarks[rows] - wide[:, None, :2]) * scale
         tensors = (
             torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (rgb, boxes.reshape(-1, 4), landmarks)
         )
@@ -582,23 +397,21 @@ class Batches:
         others = others[faces.source_id[others] != faces.source_id[rows[0]]]
         if not len(others):
             return rows
-        shape = _landmark_shape(faces, np.append(rows[:1], others))
+        shape = self._landmark_shape(np.append(rows[:1], others))
         donor = others[int(np.argmin(((shape[1:] - shape[0]) ** 2).sum(axis=(1, 2))))]
         same = np.flatnonzero((faces.path == faces.path[donor]) & (faces.track == faces.track[donor]))
-        later = same[same >= donor][: len(rows)]
-        later = later[np.cumprod(np.isfinite(faces.landmarks[later]).all(axis=(1, 2))).astype(bool)]
+        later = same[same >= donor]
         return later[np.minimum(np.arange(len(rows)), len(later) - 1)]
+
+    def _landmark_shape(self, rows: I64) -> F32:
+        """Landmarks in box units, (N, 5, 2): the same for the same pose, wherever and however large the face is."""
+        low, high = self.faces.box[rows, None, :2], self.faces.box[rows, None, 2:]
+        return (self._landmarks[rows] - low) / (high - low)
 
     def _load_audio(self, paths: Sequence[str]) -> Tensor | None:
         if self.audio is None:
             return None
         return torch.from_numpy(np.stack([self.audio(self.faces.source / path) for path in paths])).to(self.device)
-
-    def _weights(self, y: Tensor) -> Tensor:
-        if not self.training or self.data.balance != "weights":
-            return torch.ones_like(y)
-        n = len(self._real) + len(self._fake)
-        return torch.where(y == 1, n / (2 * max(1, len(self._fake))), n / (2 * max(1, len(self._real))))
 
 
 def _canvas_spec(spec: ModelSpec) -> ModelSpec:
@@ -608,10 +421,13 @@ def _canvas_spec(spec: ModelSpec) -> ModelSpec:
     return ModelSpec(name="canvas", file="", sha256="", input_hw=(side, side), margin_ratio=margin)
 
 
-def _landmark_shape(faces: FaceTable, rows: I64) -> F32:
-    """Landmarks in box units, (N, 5, 2): the same for the same pose, wherever and however large the face is."""
-    low, high = faces.box[rows, None, :2], faces.box[rows, None, 2:]
-    return (faces.landmarks[rows] - low) / (high - low)
+def _fill_landmarks(faces: FaceTable) -> F32:
+    """Landmarks with those seen before in the track where a box was filled in, as the box itself was; (N, 5, 2)."""
+    filled = faces.landmarks.copy()
+    for row in np.flatnonzero(np.isnan(filled).any(axis=(1, 2))):
+        if row > 0 and faces.path[row] == faces.path[row - 1] and faces.track[row] == faces.track[row - 1]:
+            filled[row] = filled[row - 1]
+    return filled
 
 
 def draw_pairs(table: FaceTable, file: Path, *, seed: int = 0, pairs: int = 40) -> None:

@@ -1,6 +1,6 @@
 """Videos or photos -> face crops and one table: ``python -m training.faces SOURCE --out DIR``.
 
-    DIR/faces.parquet    one row a face, or a video that failed (``failure`` says why); see training.data
+    DIR/faces.parquet    one row a face, or a video that failed (``failure`` says why); see training.table
     DIR/crops/           PNG, the face with a wide margin, at the size it has in the frame
     DIR/parts/           one small table a video: what a killed run need not do again
     DIR/settings.json    how the faces were found; another run into the same folder must do it the same way
@@ -44,8 +44,8 @@ from dfengine.sampling import Policy, parse_mode
 from dfengine.track import Linker, select
 from dfengine.types import F32, Frames, Image, Tracks
 
-from .data import FACE_FIELDS, SCHEMA, FaceTable
 from .labels import Item, assign_splits, read_items
+from .table import FACE_FIELDS, SCHEMA, FaceTable
 
 # The largest face of a portrait fills 27 % of it at least; looking for faces below 15 % would only find patterns.
 PHOTO_MIN_FACE_RATIO = 0.15
@@ -232,8 +232,12 @@ def _check_settings(out: Path, settings: ExtractSettings) -> None:
             "this one",
             path=out,
         )
+    for left_behind in out.glob("parts/*.partial"):  # by a run that was killed
+        left_behind.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 # -- many items --------------------------------------------------------------------------------------------------------
