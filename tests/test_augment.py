@@ -147,6 +147,10 @@ def test_draws_of_a_row_depend_on_its_key_alone() -> None:
         lambda d: d.choice(7),
     ):
         torch.testing.assert_close(draw(together)[2:3], draw(alone), rtol=0, atol=0)
+    where = torch.tensor([True, False, True, False])
+    some, alone = Draws([(0, i) for i in range(4)]).normal(2, where=where), Draws([(0, 2)]).normal(2)
+    torch.testing.assert_close(some[2:3], alone, rtol=0, atol=0)
+    assert some[[1, 3]].abs().sum() == 0
     many = Draws([(1, i) for i in range(3000)])
     assert abs(many.chance(0.3).float().mean() - 0.3) < 0.03
     assert many.choice(3).bincount().min() > 850

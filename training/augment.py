@@ -40,7 +40,7 @@ class AugmentSettings:
     downscale: float = 0.0
     # Side of the face after it, never more than it has. 45 px is the smallest that dfengine looks for in 900 lines.
     downscale_face_px: tuple[float, float] = (45.0, 150.0)
-    colour: float = 0.0  # exposure, white balance, gamma, contrast, saturation, hue: a random camera
+    colour: float = 0.0  # exposure, white balance, gamma, contrast, saturation: a random camera
     blur: float = 0.0
     blur_sigma_px: tuple[float, float] = (0.3, 1.5)
     noise: float = 0.0
@@ -94,8 +94,12 @@ class Draws:
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * self._stack([g.random(shape, np.float32) for g in self._generators])
 
-    def normal(self, *shape: int) -> Tensor:
-        return self._stack([g.standard_normal(shape, np.float32) for g in self._generators])
+    def normal(self, *shape: int, where: Tensor | None = None) -> Tensor:
+        """``where``: (B,), the rows that are wanted; the others are 0, which is quicker."""
+        wanted = [True] * len(self) if where is None else where.tolist()
+        zeros = np.zeros(shape, np.float32)
+        pairs = zip(self._generators, wanted, strict=True)
+        return self._stack([g.standard_normal(shape, np.float32) if w else zeros for g, w in pairs])
 
     def beta(self, alpha: float) -> Tensor:
         return self._stack([np.float32(g.beta(alpha, alpha)) for g in self._generators])
@@ -140,7 +144,7 @@ def augment_pixels(
     steps = ("downscale", "colour", "blur", "noise", "jpeg", "h264")
     on = {name: luck < getattr(settings, name) for name, luck in zip(steps, rng.random(len(steps)), strict=True)}
     scale, sigma, noise_sigma, quality, crf = rng.random(5) * severity
-    camera, noise_seed = rng.random(9), rng.integers(1 << 63)
+    camera, noise_seed = rng.random(7), rng.integers(1 << 63)
     if not any(on.values()):
         return [Image.from_rgb(p) for p in pictures], boxes
 
@@ -219,13 +223,12 @@ def _downscale(x: Tensor, boxes: F32, face_px: float) -> tuple[Tensor, F32]:
 
 def _take_photo(x: Tensor, camera: NDArray[np.float64], severity: float) -> Tensor:
     """Light and colour of a random camera. The strengths were set by eye: visible, and nobody would call it broken."""
-    u = torch.from_numpy((2 * camera - 1) * severity).float()  # (9,) in -1..1
+    u = torch.from_numpy((2 * camera - 1) * severity).float()  # (7,) in -1..1
     white_balance = 1 + 0.08 * u[:3].view(3, 1, 1)
     x = transforms.adjust_brightness(x * white_balance, 1 + 0.25 * float(u[3]))
     x = transforms.adjust_gamma(x.clamp(1e-4, 1), math.exp(0.35 * float(u[4])))
     x = transforms.adjust_contrast(x, 1 + 0.2 * float(u[5]))
-    x = transforms.adjust_saturation(x, 1 + 0.3 * float(u[6]))
-    return transforms.adjust_hue(x, 0.02 * float(u[7])).clamp(0, 1)
+    return transforms.adjust_saturation(x, 1 + 0.3 * float(u[6])).clamp(0, 1)
 
 
 def _blur(x: Tensor, sigma_px: float) -> Tensor:

@@ -215,8 +215,9 @@ def alter(rgb: Tensor, face_px: Tensor, settings: FakeSettings, draws: Draws) ->
     # 0 leaves the image as it is, 1 is the blurred one, -1 sharpens as much as 1 blurs.
     amount = torch.where(draws.chance(0.7), draws.uniform(-1.0, 1.0), 0.0)
     out = out + _images(amount) * (soft - out)
-    noise = draws.uniform(0.0, MAX_NOISE) * draws.chance(0.3)
-    return (out + _images(noise) * draws.normal(*rgb.shape[1:])).clamp(0, 1)
+    noisy = draws.chance(0.3)
+    noise = _images(draws.uniform(0.0, MAX_NOISE)) * draws.normal(*rgb.shape[1:], where=noisy)
+    return (out + noise).clamp(0, 1)
 
 
 def rescale(images: Tensor, share: Tensor, cubic: Tensor) -> Tensor:
@@ -379,20 +380,25 @@ def _occlude(target: Tensor, mask: Tensor, landmarks: Tensor, chance: float, dra
 
     In half of them the mask leaves it out, as a careful swap does; in the other half the source is painted over it.
     """
-    b, size = len(target), target.shape[-1]
-    device = target.device
-    at = transform(fit_affine(landmarks, FIVE_POINTS.to(device).expand(b, 5, 2)), pixel_centres(size, device))
+    size, device = target.shape[-1], target.device
+    has = draws.chance(chance)
     centre = CENTRE.to(device) + draws.uniform(-1.0, 1.0, 2)
-    local = rotate(at - centre[:, None], draws.uniform(0, torch.pi))
+    angle, careful = draws.uniform(0, torch.pi), draws.chance(0.5)
     axes = torch.stack([draws.uniform(0.3, 2.5), draws.uniform(0.05, 0.5)], dim=1)
-    distance = (1 - (local / axes[:, None]).norm(dim=2)) * axes.amin(dim=1, keepdim=True)
-    shape = (distance / 0.06).clamp(0, 1).view(b, 1, size, size) * _images(draws.chance(chance))
-    mottled = F.interpolate(draws.normal(1, 24, 24), size=(size, size), mode="bilinear") * _images(
-        draws.uniform(0, 0.1)
-    )
-    colour = (draws.uniform(0.02, 0.9, 1, 1, 1) * draws.uniform(0.7, 1.1, 3, 1, 1) + mottled).clamp(0, 1)
-    careful = _images(draws.chance(0.5))
-    return target + shape * (colour - target), torch.where(careful, mask * (1 - shape), mask)
+    mottle = draws.normal(1, 24, 24) * _images(draws.uniform(0, 0.1))
+    colour = draws.uniform(0.02, 0.9, 1, 1, 1) * draws.uniform(0.7, 1.1, 3, 1, 1)
+    if not has.any():
+        return target, mask
+
+    to_face = fit_affine(landmarks[has], FIVE_POINTS.to(device).expand(int(has.sum()), 5, 2))
+    local = rotate(transform(to_face, pixel_centres(size, device)) - centre[has, None], angle[has])
+    distance = (1 - (local / axes[has, None]).norm(dim=2)) * axes[has].amin(dim=1, keepdim=True)
+    shape = (distance / 0.06).clamp(0, 1).view(-1, 1, size, size)
+    mottle = F.interpolate(mottle[has], size=(size, size), mode="bilinear")
+    target, mask = target.clone(), mask.clone()
+    target[has] += shape * ((colour[has] + mottle).clamp(0, 1) - target[has])
+    mask[has] *= 1 - shape * _images(careful[has])
+    return target, mask
 
 
 def _box_around(xyxy: Tensor, pose: Tensor) -> Tensor:
