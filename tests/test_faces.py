@@ -129,7 +129,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_table(clips: Path, table: F
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
         while run.poll() is None and len(list(tmp_path.glob("parts/*.parquet"))) < 2:
             time.sleep(0.005)
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         run.kill()
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in workers):  # they end by themselves, or this never does
+        time.sleep(0.005)
     assert run.returncode == -signal.SIGKILL
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("parts/*.parquet")}
     (tmp_path / "parts" / "x.parquet.1.partial").write_bytes(b"half")  # as if it had been writing
@@ -198,6 +201,41 @@ def test_command_line(clips: Path, table: FaceTable, capsys: pytest.CaptureFixtu
         assert sheet.getpixel((121, 1)) == (255, 0, 0)
     with pytest.raises(SystemExit, match="error: split 'some' is not understood"):
         faces.main([*common[:-1], "some"])
+
+
+def test_a_recipe_says_how_faces_are_found(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[model]\nx = 1\n[bundle]\nname = "x"\nsampling = "every:6@10"\nsampling_mode = "exact"\n'
+        "detector = { thresholds = [0.9, 0.9, 0.9] }\n"
+    )
+    settings = faces.settings_of_recipe(recipe)
+    assert (settings.sampling, settings.sampling_mode) == ("every:6@10", "exact")
+    assert settings.detector.thresholds == (0.9, 0.9, 0.9)
+    assert settings.tracking == ExtractSettings().tracking
+    recipe.write_text("[bundle]\ndetector = { threshold = 1 }\n")
+    with pytest.raises(
+        OptionError, match=r"r.toml: the recipe cannot be read \(unknown key bundle.detector.'threshold'"
+    ):
+        faces.settings_of_recipe(recipe)
+    with pytest.raises(SystemExit, match=r"error: .*gone.toml: the recipe cannot be read"):
+        faces.main([str(tmp_path), "--out", str(tmp_path), "--recipe", str(tmp_path / "gone.toml")])
+
+
+def test_a_full_disk_is_said_and_what_is_done_is_kept(
+    clips: Path, table: FaceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(table.folder, tmp_path / "faces")
+    before = (tmp_path / "faces" / "faces.parquet").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(faces.pq, "write_table", full)
+    command = [str(clips), "--out", str(tmp_path / "faces"), "--frames", FEW.sampling, "--split", "test"]
+    with pytest.raises(SystemExit, match=r"error: .*No space left on device; what is done is kept"):
+        faces.main(command)
+    assert (tmp_path / "faces" / "faces.parquet").read_bytes() == before
 
 
 def test_an_empty_table_draws_a_sheet(table: FaceTable, tmp_path: Path) -> None:

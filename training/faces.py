@@ -19,10 +19,11 @@ import multiprocessing
 import os
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from PIL import ImageDraw, ImageOps
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dfengine import _kernels
-from dfengine.bundle import DetectorSettings, ModelSpec, TrackingSettings
+from dfengine.bundle import DetectorSettings, ModelSpec, TrackingSettings, from_plain
 from dfengine.crop import crop_boxes
 from dfengine.decode import open_video
 from dfengine.detect import Detector
@@ -96,6 +97,16 @@ def extract(
     about = {"source": str(root.resolve()), "settings": json.dumps(asdict(settings))}
     _write_table(out / "faces.parquet", pa.concat_tables(tables).replace_schema_metadata(about))
     return FaceTable.load(out)
+
+
+def settings_of_recipe(recipe: Path) -> ExtractSettings:
+    """What the [bundle] table of a recipe says about finding faces: the engine will do it so. Raises OptionError."""
+    try:
+        table = tomllib.loads(recipe.read_text(encoding="utf-8")).get("bundle", {})
+        names = [f.name for f in fields(ExtractSettings) if f.name in table]
+        return from_plain(ExtractSettings, {name: table[name] for name in names}, "bundle.")
+    except (OSError, TypeError, ValueError) as error:
+        raise OptionError(f"the recipe cannot be read ({error})", path=recipe) from None
 
 
 # -- one item ----------------------------------------------------------------------------------------------------------
@@ -335,19 +346,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.faces", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a folder of videos or photos, or a labels.csv")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--frames", default=ExtractSettings.sampling, help="uniform:17, every:6, every:10:17, every:1@2"
-    )
-    parser.add_argument("--mode", default=ExtractSettings.sampling_mode, help="reference or exact")
+    parser.add_argument("--recipe", type=Path, help="take frames, mode, detector and tracking from its [bundle]")
+    parser.add_argument("--frames", help="uniform:17 (the default), every:6, every:10:17, every:1@2 (two seconds)")
+    parser.add_argument("--mode", help="reference (the default) or exact")
     parser.add_argument("--split", default="identity:0.15", help="identity:V[:T], folders:41-49, given, or one split")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument("--contact-sheet", action="store_true", help="also write DIR/contact_sheet.png")
     args = parser.parse_args(arguments)
-    settings = ExtractSettings(sampling=args.frames, sampling_mode=args.mode)
     text = TextColumn("{task.description}")
     with Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("faces")
         try:
+            settings = settings_of_recipe(args.recipe) if args.recipe else ExtractSettings()
+            settings = replace(
+                settings,
+                sampling=args.frames or settings.sampling,
+                sampling_mode=args.mode or settings.sampling_mode,
+            )
             table = extract(
                 args.source,
                 args.out,
@@ -359,6 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except DfengineError as error:
             progress.stop()
             sys.exit(f"error: {error}")
+        except OSError as error:  # the disk is full, say
+            progress.stop()
+            sys.exit(f"error: {error}; what is done is kept: mend this and run the same command again")
     if args.contact_sheet:
         draw_contact_sheet(table, args.out / "contact_sheet.png")
     print(table.summary())
