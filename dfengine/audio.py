@@ -42,7 +42,7 @@ def load_log_mel(path: PathLikeStr, settings: AudioSettings) -> Sound:
 def decode_mono(path: PathLikeStr, sample_rate: int, limit: int) -> F32:
     """At most ``limit`` samples of the first sound track, (N,), the mean of its channels; none if there is no track.
 
-    Full scale is 1. Raises av.FFmpegError if nothing could be decoded; damage behind the first samples ends the sound there.
+    Full scale is 1. Raises av.FFmpegError if nothing could be decoded; damage further behind ends the sound there.
     """
     blocks: list[F32] = []
     count = 0

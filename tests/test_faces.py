@@ -19,6 +19,7 @@ pq = pytest.importorskip("pyarrow.parquet")  # the `train` extra
 PilImage = pytest.importorskip("PIL.Image")
 
 from assets import moving_face, nobody, truncated, two_faces, write_bundle, write_clip, x264  # noqa: E402
+from conftest import TOLERANCE  # noqa: E402
 
 from dfengine.bundle import ModelSpec  # noqa: E402
 from dfengine.crop import crop_faces  # noqa: E402
@@ -81,7 +82,8 @@ def test_the_faces_are_those_that_the_engine_scores(table: FaceTable, tmp_path: 
         for path, rows in table.rows_by_video().items():
             scored = [f for t in engine.score(table.source / path).tracks for f in t.frames]
             assert [f.frame_index for f in scored] == table.index[rows].tolist()
-            np.testing.assert_array_equal(np.float32([f.box for f in scored]), table.box[rows])
+            boxes = np.float32([f.box for f in scored])
+            np.testing.assert_allclose(boxes, table.box[rows], atol=TOLERANCE["detect_batch", "float32"], rtol=0)
 
 
 def test_training_crops_as_the_engine_crops_from_the_frame(table: FaceTable) -> None:

@@ -120,9 +120,10 @@ def find_faces(path: Path, is_photo: bool, detector: Detector, settings: Extract
     parts: list[tuple[Tracks, tuple[Any, ...]]] = []
     linker = Linker(settings.tracking)
     sampled = 0
+    stride = 1 if is_photo or settings.sampling_mode == "exact" else settings.detector.stride
     for frames in _one_photo(path) if is_photo else _video_frames(path, settings):
         sampled += len(frames)
-        rows = linker.link(frames, detector.detect(frames.images))
+        rows = linker.link(frames, detector.detect(frames.images, stride=stride))
         if frames.is_last:
             people = select(Tracks.concatenate([*(p for p, _ in parts), rows]), sampled, settings.tracking)
             rows = rows[np.isin(rows.track_id, people)]
@@ -348,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, help="take frames, mode, detector and tracking from its [bundle]")
     parser.add_argument("--frames", help="uniform:17 (the default), every:6, every:10:17, every:1@2 (two seconds)")
-    parser.add_argument("--mode", help="reference (the default) or exact")
+    parser.add_argument("--mode", help="exact, reference (the default) or keyframe")
     parser.add_argument("--split", default="identity:0.15", help="identity:V[:T], folders:41-49, given, or one split")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument("--contact-sheet", action="store_true", help="also write DIR/contact_sheet.png")
