@@ -185,8 +185,6 @@ def through_h264(pixels: NDArray[np.uint8], crf: int) -> list[Image]:
     encoder.height, encoder.width = even.shape[1:3]
     encoder.pix_fmt, encoder.framerate, encoder.thread_count = "yuv420p", 25, 1
     encoder.options = {"crf": str(crf), "preset": "veryfast"}
-    if t == 1:  # nothing to look ahead for; opening the encoder takes a third of the time
-        encoder.options |= {"tune": "zerolatency"}
     decoder = av.CodecContext.create("h264", "r")
     decoder.thread_count = 1
     frames = [av.VideoFrame.from_ndarray(p, format="rgb24") for p in even]
