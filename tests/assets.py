@@ -218,6 +218,22 @@ def write_clip(clip: Clip, folder: Path) -> Path:
     return path
 
 
+def with_sound(video: Path, samples: NDArray[np.floating], out: Path) -> Path:
+    """The pictures of ``video`` with ``samples`` at 16 kHz, (N,), as lossless sound."""
+    with av.open(str(video)) as source, av.open(str(out), "w", format="matroska") as sink:
+        pictures = sink.add_stream_from_template(source.streams.video[0])
+        sound = sink.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = pictures
+                sink.mux(packet)
+        frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        sink.mux(sound.encode(frame))
+        sink.mux(sound.encode(None))
+    return out
+
+
 def _container(clip: Clip) -> str:
     suffix = Path(clip.name).suffix[1:]
     named = {"mkv": "matroska", "ts": "mpegts", "mpg": "mpeg", "y4m": "yuv4mpegpipe"}

@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-from assets import FACE, TWO_FACES, write_clip
+from assets import FACE, TWO_FACES, with_sound, write_clip
 from conftest import TOLERANCE
 
 from dfengine import Engine
@@ -154,22 +153,6 @@ def test_frame_members_and_clip_members_in_one_bundle(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path, {"kind": "clip"}, {"clip_frames": 2, "kind": "audio", "audio": AUDIO})
     backbone = Backbone(bundle)
     assert backbone.run(3, Cutter(np.zeros((3, 3, *HW), np.float32))) == {}
-
-
-def with_sound(video: Path, samples: np.ndarray, out: Path) -> Path:
-    """The pictures of ``video`` with ``samples`` at 16 kHz, (N,), as lossless sound."""
-    with av.open(str(video)) as source, av.open(str(out), "w", format="matroska") as sink:
-        pictures = sink.add_stream_from_template(source.streams.video[0])
-        sound = sink.add_stream("pcm_s16le", rate=16000, layout="mono")
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = pictures
-                sink.mux(packet)
-        frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], format="s16", layout="mono")
-        frame.sample_rate, frame.pts = 16000, 0
-        sink.mux(sound.encode(frame))
-        sink.mux(sound.encode(None))
-    return out
 
 
 HEARS = {"kind": "audio", "audio": AUDIO, "input_hw": (32, 32), "clip_frames": 4}
