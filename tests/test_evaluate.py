@@ -22,8 +22,8 @@ from dfengine.aggregate import judge, sigmoid
 from dfengine.bundle import Aggregation, Bundle, Calibration
 from training import evaluate, export, train
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import FaceTable
 from training.errors import CheckpointError, ExportError, TrainingError
+from training.table import FaceTable
 
 RECIPE = """
 [data]
@@ -54,7 +54,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two datasets, and a video of the test split in which nobody was found."""
-    folder = write_faces(tmp_path_factory.mktemp("faces"), sources={"train": 16, "val": 8, "test": 10}, side=40)
+    folder = write_faces(tmp_path_factory.mktemp("faces"), sources={"train": 16, "val": 8, "test": 10})
     table = pq.read_table(folder / "faces.parquet")
     rows = table.to_pylist()
     for row in rows:

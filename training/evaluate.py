@@ -34,10 +34,11 @@ from dfengine.types import F32, F64, I64, Tracks
 
 from . import metrics
 from .checkpoint import load_checkpoint
-from .data import Batch, Batches, FaceTable
+from .data import Batch, Batches
 from .errors import CheckpointError, TrainingError
 from .models import Network
 from .recipe import Recipe, build_recipe
+from .table import FaceTable
 
 THRESHOLD = 0.5  # of accuracy, on the calibrated score: where real and fake are equally likely
 BATCH = 32

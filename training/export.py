@@ -27,10 +27,10 @@ from dfengine.engine import Engine
 from dfengine.errors import DfengineError
 from dfengine.runtime import make_session
 
-from .data import FaceTable
 from .errors import ExportError
 from .evaluate import Trained, load_trained, make_bundle, make_evaluation_batches, predict, score_videos
 from .faces import ExtractSettings, extract
+from .table import FaceTable
 
 OPSET = 17  # the newest that all three runtimes read
 MAX_LOGIT_DIFFERENCE = 1e-3  # float32 sums in another order differ by about 1e-5

@@ -31,7 +31,7 @@ from dfengine.errors import DfengineError
 
 from . import metrics
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
-from .data import Batch, Batches, FaceTable
+from .data import Batch, Batches
 from .distributed import World
 from .errors import CheckpointError, TrainingError
 from .evaluate import (
@@ -47,6 +47,7 @@ from .models import make_network
 from .optimise import Average, Schedule, label_loss, make_optimiser, mask_loss, order_loss
 from .progress import Bar, Done, write_history
 from .recipe import Recipe, load_recipe
+from .table import FaceTable
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 
