@@ -25,6 +25,8 @@ class World:
         if "WORLD_SIZE" not in os.environ:
             return cls(device=torch.device(device))
         at = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
+        if at.type == "cuda":
+            torch.cuda.set_device(at)
         dist.init_process_group("nccl" if at.type == "cuda" else "gloo")
         return cls(dist.get_rank(), dist.get_world_size(), at)
 
