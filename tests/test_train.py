@@ -108,7 +108,7 @@ def test_every_run_folder_has_its_files(recipe: Path, faces: Path, tmp_path: Pat
         "recipe.json", "metrics.csv", "curves.png", train.LAST, train.BEST,
     }  # fmt: skip
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert {"loss", "accuracy", "auc", "val_log_loss", "val_accuracy", "val_auc", "lr"} < set(rows[0])
+    assert {"loss", "log_loss", "accuracy", "auc", "val_log_loss", "val_accuracy", "val_auc", "lr"} < set(rows[0])
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["model"]["input_hw"] == [32, 32]
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -144,6 +144,7 @@ WAYS = {
         "train.label_smoothing=0.1",
     ),
     "bfloat16": ("train.amp=bf16",),
+    "float16, scaled": ("train.amp=fp16", "train.clip_norm=1.0"),
     "pseudo-fakes, mask and order": (
         "fakes.ratio=1",
         "model.mask_head=true",
@@ -404,6 +405,11 @@ def test_a_run_that_is_there_already(recipe: Path, faces: Path, tmp_path: Path) 
         match=r"last\.safetensors: the run began with train\.epochs = 1, the recipe says 2; go on with the same",
     ):
         run(recipe, faces, tmp_path / "run", "train.epochs=2", resume=True)
+    others = write_faces(tmp_path / "others", sources={"train": 12, "val": 5})
+    with pytest.raises(
+        SystemExit, match=r"last\.safetensors: the run began with other faces \(faces\.parquet has changed"
+    ):
+        run(recipe, others, tmp_path / "run", "train.epochs=1", resume=True)
     (tmp_path / "run" / train.LAST).write_bytes((tmp_path / "run" / train.BEST).read_bytes())
     with pytest.raises(SystemExit, match=r"last\.safetensors: this is no state of a run to go on from"):
         run(recipe, faces, tmp_path / "run", "train.epochs=1", resume=True)

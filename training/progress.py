@@ -29,6 +29,7 @@ class Done:
 def write_history(history: list[dict[str, float]], out: Path) -> None:
     """metrics.csv and curves.png: loss, accuracy and AUC of training and validation by epoch."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
@@ -37,11 +38,16 @@ def write_history(history: list[dict[str, float]], out: Path) -> None:
     write_atomically(out / "metrics.csv", text.getvalue().encode())
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    curves = (("loss", "loss", "val_log_loss"), ("accuracy", "accuracy", "val_accuracy"), ("AUC", "auc", "val_auc"))
+    curves = (
+        ("log loss", "log_loss", "val_log_loss"),
+        ("accuracy", "accuracy", "val_accuracy"),
+        ("AUC", "auc", "val_auc"),
+    )
     for axes, (title, ours, theirs) in zip(figure.subplots(1, 3), curves, strict=True):
         axes.plot(epochs, [row[ours] for row in history], marker=".", label="training, by face or clip")
         axes.plot(epochs, [row[theirs] for row in history], marker=".", label="validation, by video")
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)

@@ -13,6 +13,7 @@ the network has no batch statistics and no dropout.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -55,9 +56,9 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 class Trainer:
     """A network, its optimiser, schedule and average, from the first step or from a checkpoint."""
 
-    def __init__(self, recipe: Recipe, name: str, steps: int, world: World) -> None:
-        """``steps``: of an epoch."""
-        self.recipe, self.name, self.world, self.settings = recipe, name, world, recipe.train
+    def __init__(self, recipe: Recipe, name: str, faces: str, steps: int, world: World) -> None:
+        """``faces``: sha256 of the table. ``steps``: of an epoch."""
+        self.recipe, self.name, self.faces, self.world, self.settings = recipe, name, faces, world, recipe.train
         self.done = Done()
         network = make_network(recipe.model, self.settings.seed).to(world.device)
         self.network = network
@@ -103,9 +104,11 @@ class Trainer:
         if s.clip_norm:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.network.parameters(), s.clip_norm)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        self.schedule.after_step()
+        if self.scaler.get_scale() >= scale:  # else the gradients overflowed float16, and no step was taken
+            self.schedule.after_step()
         done.step += 1
         done.total_steps += 1
         if self.average:
@@ -125,7 +128,8 @@ class Trainer:
         row = {
             "epoch": self.done.epoch + 1,
             "lr": self.optimiser.param_groups[0]["lr"],
-            "loss": float(loss.mean()),
+            "loss": float(loss.mean()),  # all terms that are learned from
+            "log_loss": metrics.log_loss(labels, sigmoid(logits)),
             "accuracy": metrics.accuracy(labels, sigmoid(logits)),
             "auc": metrics.auc(labels, logits),
         }
@@ -156,6 +160,7 @@ class Trainer:
                 "kind": "last",
                 "name": self.name,
                 "recipe": asdict(self.recipe),
+                "faces": self.faces,
                 "done": asdict(self.done),
                 "optimiser": {"groups": state["param_groups"], "numbers": numbers},
                 "schedule": self.schedule.state_dict(),
@@ -164,11 +169,17 @@ class Trainer:
         )
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint. Raises CheckpointError if it is of another recipe."""
+        """Goes on from a checkpoint. Raises CheckpointError if it is of another recipe or of other faces."""
         tensors, state = load_checkpoint(path)
         if state.get("kind") != "last":
             raise CheckpointError("this is no state of a run to go on from; give a RUN folder that has one", path=path)
         check_same_recipe(state["recipe"], json.loads(json.dumps(asdict(self.recipe))), path)
+        if state["faces"] != self.faces:
+            raise CheckpointError(
+                "the run began with other faces (faces.parquet has changed); go on with the same, or begin in "
+                "another folder",
+                path=path,
+            )
         load_weights(self.network, _below(tensors, "network."), path)
         if self.average:
             load_weights(self.average.network, _below(tensors, "average."), path)
@@ -223,7 +234,8 @@ def train(
         audio=make_listener(spec),
         **ranks,
     )
-    trainer = Trainer(recipe, name, len(batches), world)
+    digest = hashlib.sha256((faces / "faces.parquet").read_bytes()).hexdigest()
+    trainer = Trainer(recipe, name, digest, len(batches), world)
     if (out / LAST).exists():
         if not resume:
             raise TrainingError("there is a run already; go on with --resume, or give another folder", path=out)
