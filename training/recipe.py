@@ -34,7 +34,7 @@ class BundleSettings:
     licence: str = "unstated"
     experimental: bool = True
     sampling: str = "uniform:17"
-    sampling_mode: Literal["reference", "exact"] = "reference"
+    sampling_mode: Literal["exact", "reference", "keyframe"] = "reference"
     detector: DetectorSettings = DetectorSettings()
     tracking: TrackingSettings = TrackingSettings()
     aggregation: Aggregation = Aggregation()
