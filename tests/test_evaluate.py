@@ -154,7 +154,7 @@ def test_one_class_is_no_auc() -> None:
 def make_scored(labels: list[float], logits: list[float]) -> evaluate.Scored:
     n = len(labels)
     names = [f"v{i}" for i in range(n)]
-    return evaluate.Scored(names, np.array(labels), names, ["d"] * n, np.array(logits), np.arange(float(n)))
+    return evaluate.Scored(names, np.array(labels), names, [None] * n, ["d"] * n, np.array(logits), np.arange(float(n)))
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------

@@ -74,13 +74,13 @@ def test_calibration_error(rng: np.random.Generator) -> None:
 
 
 def test_pair_accuracy() -> None:
-    labels = np.array([0, 1, 0, 1, 1, 1, 0])
-    p = np.array([0.2, 0.3, 0.6, 0.5, 0.6, 0.9, 0.1])
-    source = ["a", "a", "b", "b", "b", "alone", "without a fake"]
-    share, count = metrics.pair_accuracy(labels, p, source)
+    video = ["a", "a1", "b", "b1", "b2", "c1", "d", "d1"]
+    original = [None, "a", None, "b", "b", "c, which is not here", None, None]
+    p = np.array([0.2, 0.3, 0.6, 0.5, 0.6, 0.9, 0.1, 0.2])
+    share, count = metrics.pair_accuracy(p, video, original)
     assert count == 3
     assert share == pytest.approx((1 + 0 + 0.5) / 3)
-    none, count = metrics.pair_accuracy(labels[:1], p[:1], source[:1])
+    none, count = metrics.pair_accuracy(p[:1], video[:1], original[:1])
     assert np.isnan(none)
     assert count == 0
 

@@ -6,6 +6,8 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from assets import FACE, RGB, moving_face, with_sound, write_clip, write_face_table, x264
 
 
@@ -14,17 +16,18 @@ def write_faces(folder: Path, *, sources: dict[str, int], frames: int = 3) -> Pa
 
     ``sources``: how many there are in each split.
     """
-    kinds = ("real", "fake")
-    return write_face_table(
-        folder,
-        [
-            (f"{split}{s:03}_{kinds[label]}.mp4", label, f"{split}{s}", split)
-            for split, count in sources.items()
-            for s in range(count)
-            for label in (0, 1)
-        ],
-        frames=frames,
-    )
+    videos = []
+    for split, count in sources.items():
+        for s in range(count):
+            videos += [
+                (f"{split}{s:03}_{('real', 'fake')[label]}.mp4", label, f"{split}{s}", split) for label in (0, 1)
+            ]
+    write_face_table(folder, videos, frames=frames)
+    table = pq.read_table(folder / "faces.parquet")
+    originals = [p.replace("fake", "real") if "fake" in p else None for p in table["path"].to_pylist()]
+    at = table.column_names.index("original")
+    pq.write_table(table.set_column(at, "original", pa.array(originals, pa.string())), folder / "faces.parquet")
+    return folder
 
 
 def plant(picture: RGB, strength: int = 40) -> RGB:

@@ -98,6 +98,7 @@ class Scored:
     video: list[str]
     label: F64  # (N,), 1 fake
     source_id: list[str]
+    original: list[str | None]  # what a fake was made from, if that is known
     dataset: list[str]
     logit: F64  # (N,), before calibration
     sharpness: F64  # (N,), what a score that knows nothing of fakes would go by
@@ -169,7 +170,11 @@ def sharpness(crops: Tensor) -> F32:
 def score_videos(faces: FaceTable, predictions: Mapping[str, Predictions], bundle: Bundle) -> Scored:
     """Blends the members' predictions for ``faces`` and judges each video, uncalibrated if ``bundle`` is."""
     first = next(iter(predictions.values()))
-    columns: list[tuple[str, float, str, str, float, float]] = []
+    if any(found.keys() != first.keys() for found in predictions.values()):
+        raise TrainingError(
+            "these networks have different fakes.ratio, so they see different fakes; take them one by one"
+        )
+    columns: list[tuple[Any, ...]] = []
     for video, (label, rows_of) in first.items():
         rows = np.array(sorted(rows_of), np.int64)
         tracks = make_tracks(faces, rows)
@@ -179,9 +184,11 @@ def score_videos(faces: FaceTable, predictions: Mapping[str, Predictions], bundl
         }
         verdict = judge(tracks[order], logits, bundle)
         sharp = float(np.mean([s for _, _, s in rows_of.values()]))
-        columns.append((video, label, faces.source_id[rows[0]], faces.dataset[rows[0]], verdict.logit, sharp))
-    video, label, source_id, dataset, logit, sharp = (list(c) for c in zip(*columns, strict=True))
-    return Scored(video, np.array(label), source_id, dataset, np.array(logit), np.array(sharp))
+        path, row = video.removesuffix("#fake"), rows[0]
+        original = path if path != video else faces.original[row]
+        columns.append((video, label, faces.source_id[row], original, faces.dataset[row], verdict.logit, sharp))
+    video, label, source_id, original, dataset, logit, sharp = (list(c) for c in zip(*columns, strict=True))
+    return Scored(video, np.array(label), source_id, original, dataset, np.array(logit), np.array(sharp))
 
 
 def make_tracks(faces: FaceTable, rows: I64) -> Tracks:
@@ -271,7 +278,7 @@ def measure(scored: Scored, calibration: Calibration, threshold: float = THRESHO
     names = ("log_loss", "auc", "eer", "accuracy", "calibration_error", "sharpness_auc")
     values = numbers(np.arange(len(scored)))
     rounds = metrics.bootstrap(numbers, scored.source_id)
-    pairs, count = metrics.pair_accuracy(labels, p, scored.source_id)
+    pairs, count = metrics.pair_accuracy(p, scored.video, scored.original)
     result: dict[str, Any] = {
         "real": int((labels == 0).sum()),
         "fake": int((labels == 1).sum()),
@@ -304,13 +311,14 @@ def _number(value: float) -> float | None:
 
 
 def _take(scored: Scored, rows: I64) -> Scored:
-    def pick(values: list[str]) -> list[str]:
+    def pick(values: list[Any]) -> list[Any]:
         return [values[r] for r in rows]
 
     return Scored(
         pick(scored.video),
         scored.label[rows],
         pick(scored.source_id),
+        pick(scored.original),
         pick(scored.dataset),
         scored.logit[rows],
         scored.sharpness[rows],

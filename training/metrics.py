@@ -69,17 +69,15 @@ def calibration_error(labels: Floats, p_fake: Floats, bins: int = 10) -> float:
     return float((count * abs(p - share)).sum() / count.sum())
 
 
-def pair_accuracy(labels: Floats, scores: Floats, source_id: Sequence[str]) -> tuple[float, int]:
-    """(share of pairs of a fake and a real of its source in which the fake has the higher score, number of pairs)."""
-    sources = np.asarray(source_id)
-    right, count = 0.0, 0
-    for source in np.unique(sources[labels == 1]):
-        real = scores[(sources == source) & (labels == 0)]
-        fake = scores[(sources == source) & (labels == 1)]
-        difference = fake[:, None] - real[None]
-        right += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
-        count += difference.size
-    return (right / count if count else float("nan")), count
+def pair_accuracy(scores: Floats, video: Sequence[str], original: Sequence[str | None]) -> tuple[float, int]:
+    """(share of fakes that score higher than the video they were made from, how many such pairs there are).
+
+    ``original``: of each video what it was made from, None if it is real or nobody knows. Equal scores count half.
+    """
+    row = {name: i for i, name in enumerate(video)}
+    pairs = [(scores[i], scores[row[o]]) for i, o in enumerate(original) if o is not None and o in row]
+    right = [(fake > real) + 0.5 * (fake == real) for fake, real in pairs]
+    return (float(np.mean(right)) if pairs else float("nan")), len(pairs)
 
 
 def bootstrap(
