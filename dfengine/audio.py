@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import AudioSettings
+from dfengine.media import open_media
 from dfengine.types import F32, F64, PathLikeStr
 
 
@@ -46,7 +47,7 @@ def decode_mono(path: PathLikeStr, sample_rate: int, limit: int) -> F32:
     """
     blocks: list[F32] = []
     count = 0
-    with av.open(path, "r", metadata_errors="replace") as container:
+    with open_media(path) as container:
         if not container.streams.audio:
             return np.zeros(0, np.float32)
         # The channels are averaged here: FFmpeg's mono of two equal channels is louder than each.

@@ -92,6 +92,20 @@ def test_a_video_without_sound_says_so(tmp_path: Path) -> None:
     assert load_log_mel(write_clip(FACE, tmp_path), SETTINGS).missing is None  # recorded silence is sound
 
 
+def test_a_playlist_opens_nothing_else(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", tone(440, 1, 16000)[None], 16000)
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\na.wav\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile a.wav\n")
+    for name in ("list.m3u8", "list.ffconcat"):
+        assert "the sound cannot be decoded (" in (load_log_mel(tmp_path / name, SETTINGS).missing or ""), name
+
+
+def test_a_name_that_is_an_address_to_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_wav(tmp_path / "a.wav", tone(440, 1, 16000)[None], 16000).rename("http:a.wav")
+    assert load_log_mel("http:a.wav", SETTINGS).missing is None
+
+
 def test_what_cannot_be_decoded_says_so(tmp_path: Path) -> None:
     path = tmp_path / "text.mp4"
     path.write_text("no media")

@@ -116,13 +116,14 @@ def test_the_files(report: tuple[dict, Path], capsys: pytest.CaptureFixture[str]
     assert "log loss" in capsys.readouterr().out
 
 
+def predictions(table: FaceTable, trained: evaluate.Trained, split: str) -> evaluate.Predictions:
+    return evaluate.predict(trained.network, evaluate.make_evaluation_batches(table, trained, split).epoch(0))
+
+
 def test_videos_are_judged_as_the_engine_judges(checkpoints: list[Path], faces: Path) -> None:
     table = FaceTable.load(faces)
     trained = [evaluate.load_trained(path) for path in checkpoints]
-    found = {
-        t.name: evaluate.predict(t.network, evaluate.make_evaluation_batches(table, t, "test").epoch(0))
-        for t in trained
-    }
+    found = {t.name: predictions(table, t, "test") for t in trained}
     bundle = evaluate.make_bundle(trained, [t.spec for t in trained])
     assert bundle.aggregation == Aggregation(frames="mean", members="geometric_mean")
     scored = evaluate.score_videos(table.split("test").faces, found, bundle)
@@ -135,6 +136,18 @@ def test_videos_are_judged_as_the_engine_judges(checkpoints: list[Path], faces: 
     tracks = evaluate.make_tracks(table.split("test").faces, np.array(rows))
     verdict = judge(tracks, {m: np.array([found[m][name][1][r][1] for r in rows]) for m in ("a", "b")}, bundle)
     assert verdict.logit == scored.logit[0]
+
+
+def test_networks_that_see_different_fakes_are_not_blended(checkpoints: list[Path], faces: Path) -> None:
+    table = FaceTable.load(faces)
+    trained = [evaluate.load_trained(path) for path in checkpoints]
+    found = {
+        t.name: evaluate.predict(t.network, evaluate.make_evaluation_batches(table, t, "val").epoch(0)) for t in trained
+    }
+    found["b"] = dict(list(found["b"].items())[:-1])
+    bundle = evaluate.make_bundle(trained, [t.spec for t in trained])
+    with pytest.raises(TrainingError, match=r"these networks have different fakes\.ratio"):
+        evaluate.score_videos(table.split("val").faces, found, bundle)
 
 
 def test_the_threshold_is_stated_and_used() -> None:

@@ -75,6 +75,7 @@ def test_members_differ_in_what_they_say_and_overrides_win_over_them(tmp_path: P
             "[model]\nmask_head = true\n",
             r"model\.mask_head is True and train\.mask_weight 0\.0; a mask is learned with both",
         ),
+        ("[bundle]\nsampling = 'some'\n", r"mine\.toml: .*sampling policy 'some'"),
         ("[train\n", r"mine\.toml: this is no TOML"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_type_hints
 
 from dfengine.bundle import Aggregation, DetectorSettings, TrackingSettings, from_plain
 from dfengine.errors import OptionError
+from dfengine.sampling import Policy
 
 from .augment import AugmentSettings
 from .data import DataSettings
@@ -38,6 +39,9 @@ class BundleSettings:
     detector: DetectorSettings = DetectorSettings()
     tracking: TrackingSettings = TrackingSettings()
     aggregation: Aggregation = Aggregation()
+
+    def __post_init__(self) -> None:
+        Policy.parse(self.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -310,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 train(recipe, name, args.faces, out, resume=args.resume, world=world)
     except DfengineError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
