@@ -96,6 +96,14 @@ def test_the_relu_lstm_against_its_definition(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(lstm(torch.from_numpy(x))[0][:, -1].detach().numpy(), h, atol=1e-6)
 
 
+def test_a_relu_lstm_begins_in_bounds() -> None:
+    network = make_network(ModelSettings(
+        backbone="conv_pool", input_hw=(100, 100), clip_frames=60, lstm=LstmSettings(width=16, activation="relu")
+    ), 0).eval()  # fmt: skip
+    with torch.no_grad():
+        assert network(torch.rand(2, 60, 3, 100, 100) * 2 - 1).abs().max() < 100
+
+
 def test_a_network_that_hears() -> None:
     network = make_network(clip_settings(audio_width=6, audio=AUDIO), 0).eval()
     assert network.settings.kind == "audio"

@@ -191,6 +191,12 @@ class ReluLstm(nn.Module):
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
         self.cell = nn.LSTMCell(width_in, width)  # only its weights are used, in torch's order of gates
+        # Keras' first weights. Torch's do not shrink with width_in, and without a tanh the state would explode.
+        nn.init.xavier_uniform_(self.cell.weight_ih)
+        nn.init.orthogonal_(self.cell.weight_hh)
+        nn.init.zeros_(self.cell.bias_ih)
+        nn.init.zeros_(self.cell.bias_hh)
+        nn.init.ones_(self.cell.bias_ih.data[width : 2 * width])  # the forget gate's
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """(B, T, width_in) -> (B, T, width), in a tuple as nn.LSTM has it."""
