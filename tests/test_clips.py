@@ -5,6 +5,7 @@ logit = sum over t of gains[t] * mean(crop t) + 10 * mean(log-mel): it tells whi
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -176,6 +177,15 @@ def test_the_engine_hears(tmp_path: Path) -> None:
     (track,) = a.tracks
     assert len({f.p_fake for f in track.frames}) == 2, "six frames are two clips of four"
     assert track.frames[0].p_fake == track.frames[3].p_fake != track.frames[4].p_fake == track.frames[5].p_fake
+
+
+def test_a_plan_may_leave_members_out(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", HEARS, HEARS | {"kind": "clip"}, sampling="uniform:4")
+    path = write_clip(TWO_FACES, tmp_path)
+    with Engine(bundle, workers=1) as engine:
+        score = engine.score(path, plan=dataclasses.replace(engine.plan, members=("m1",)))
+    assert (score.status, list(score.members), score.warnings) == ("ok", ["m1"], ())
+    assert "audio" not in score.timings, "nobody listens"
 
 
 def test_chunks_of_a_video_do_not_move_the_score(tmp_path: Path) -> None:
