@@ -42,10 +42,12 @@ bench: $(VENV)/dev.stamp
 
 # The default bundle, from photos alone: make train-default PHOTOS=path/to/portraits (see training/README.md).
 train-default: $(VENV)/dev.stamp
-	$(BIN)/python -m training.faces --photos $(PHOTOS) --out runs/faces.npz
-	$(BIN)/python -m training.train --faces runs/faces.npz --out runs/default --seed 0 --minutes 34
-	$(BIN)/python -m training.evaluate --faces runs/faces.npz --run runs/default
-	$(BIN)/python -m training.export runs/default --out dfengine/bundles/default
+	$(BIN)/python -m training.faces $(PHOTOS) --out runs/faces --split identity:0.15:0.15
+	$(BIN)/python -m training.train training/recipes/default.toml --faces runs/faces --out runs/default --resume
+	$(BIN)/python -m training.evaluate runs/default/best.safetensors --faces runs/faces --out runs/default/evaluation
+	$(BIN)/python scripts/make_demo.py build/demo.mp4
+	$(BIN)/python -m training.export runs/default/best.safetensors --faces runs/faces --video build/demo.mp4 \
+	  --evaluation runs/default/evaluation/evaluation.json --out dfengine/bundles/default
 
 clean:
 	rm -rf build $(VENV)

@@ -1,8 +1,15 @@
-"""Crops -> logits: the members of an ensemble."""
+"""Crops -> logits: the members of an ensemble.
+
+Note [Clips]
+A clip member judges ``clip_frames`` crops of one person at a time. A track is cut into consecutive clips that do not
+overlap; its last rows, if they are too few, are judged together with the rows before them, so that every clip is full
+of what was seen. A track shorter than a clip repeats its last crop. A row's logit is that of its clip, so pooling
+over rows weighs every clip by the rows that only it has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +17,19 @@ from numpy.typing import NDArray
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.errors import InferenceError
 from dfengine.runtime import make_session
-from dfengine.types import F64, Crops
+from dfengine.types import F32, F64, I64, Crops, Tracks
+
+MakeCrops = Callable[[ModelSpec, slice], Crops]
 
 # Crops that go through a member together. 224 px crops of 32 rows are 19 MB; 8 and 128 were no faster.
 BATCH_CROPS = 32
+
+
+def clip_rows(count: int, clip_frames: int) -> I64:
+    """The clips of a track of ``count`` rows, (clips, clip_frames): which rows each holds. See Note [Clips]."""
+    starts = np.arange(0, count, clip_frames)
+    starts = np.maximum(np.minimum(starts, count - clip_frames), 0)
+    return np.asarray(np.minimum(starts[:, None] + np.arange(clip_frames), count - 1), np.int64)
 
 
 class Backbone:
@@ -23,38 +39,115 @@ class Backbone:
         self.members = bundle.members
         self._sessions = {m.name: make_session(bundle, m.name, threads=threads) for m in bundle.members}
 
-    def run(
-        self, rows: int, make_crops: Callable[[ModelSpec, slice], Crops], *, only: Collection[str] | None = None
-    ) -> dict[str, F64]:
-        """Logits of every member, or of those named in ``only``, for ``rows`` rows, (rows,) each; positive means fake.
+    def run(self, rows: int, make_crops: MakeCrops, *, only: Collection[str] | None = None) -> dict[str, F64]:
+        """Logits of every frame member, or of those named in ``only``, for ``rows`` rows, (rows,) each.
 
-        ``make_crops(spec, rows)`` cuts out some of the rows; members with the same preprocessing share the crops.
+        Positive means fake. ``make_crops(spec, rows)`` cuts out some of the rows; members with the same preprocessing
+        share the crops.
         """
-        members = tuple(m for m in self.members if only is None or m.name in only)
+        members = tuple(m for m in self.members if m.kind == "frame" and (only is None or m.name in only))
         logits = {m.name: np.empty(rows, np.float64) for m in members}
         for group in _by_preprocessing(members):
             for start in range(0, rows, BATCH_CROPS):
                 part = slice(start, min(start + BATCH_CROPS, rows))
                 crops = make_crops(group[0], part)
                 for member in group:
-                    logits[member.name][part] = self._logits(member, crops)
+                    logits[member.name][part] = self._logits(member, crops.batch)
         return logits
 
-    def _logits(self, member: ModelSpec, crops: Crops) -> NDArray[np.float32]:
-        (out,) = self._sessions[member.name].run(crops.batch)
-        logits = out.reshape(len(crops), -1)
+    def clips(self, log_mel: Mapping[str, F32], *, only: Collection[str] | None = None) -> Clips:
+        """The clip members, or those named in ``only``, ready for one video.
+
+        ``log_mel``: (bands, frames) by name of each member that hears.
+        """
+        members = (m for m in self.members if m.kind in ("clip", "audio"))
+        return Clips(self, tuple(m for m in members if only is None or m.name in only), log_mel)
+
+    def _logits(self, member: ModelSpec, *inputs: NDArray[np.floating]) -> NDArray[np.float32]:
+        (out,) = self._sessions[member.name].run(*inputs)
+        logits = out.reshape(len(inputs[0]), -1)
         if logits.shape[1] != 1 or not np.isfinite(logits).all():
+            what = "crop" if member.kind == "frame" else "clip"
             raise InferenceError(
-                f"member {member.name!r} must give one finite logit a crop, got {out.shape} with "
+                f"member {member.name!r} must give one finite logit a {what}, got {out.shape} with "
                 f"{int((~np.isfinite(out)).sum())} that are not finite; export it again",
                 stage="backbone",
             )
         return logits[:, 0]
 
 
+class Clips:
+    """One video on its way through the clip members: keeps crops until their clip is full. Not thread-safe.
+
+    A video may come in several parts, each row of a track later than those before. What is kept is less than two clips
+    of each track.
+    """
+
+    def __init__(self, backbone: Backbone, members: tuple[ModelSpec, ...], log_mel: Mapping[str, F32]) -> None:
+        self._backbone = backbone
+        self._log_mel = log_mel
+        self._groups = _by_preprocessing(members)
+        self._rows = 0
+        self._logits: dict[str, F64] = {m.name: np.empty(0, np.float64) for m in members}
+        # By group and track: crops of the last full clip and of the rows since, and the numbers of the latter.
+        self._held: dict[tuple[int, int], tuple[F32, I64]] = {}
+
+    def add(self, tracks: Tracks, make_crops: MakeCrops) -> None:
+        """Takes the next rows, ordered by track and then by time; scores the clips that are full."""
+        numbers = self._rows + np.arange(len(tracks))
+        self._rows += len(tracks)
+        for name in self._logits:
+            self._logits[name] = np.append(self._logits[name], np.full(len(tracks), np.nan))
+        for g, group in enumerate(self._groups):
+            size = group[0].clip_frames
+            full: list[tuple[F32, I64]] = []
+            for track in np.unique(tracks.track_id):
+                mine = np.flatnonzero(tracks.track_id == track)
+                for start in range(
+                    0, len(mine), size
+                ):  # at most a clip at a time, so that little more is cut than kept
+                    part = slice(int(mine[start]), int(mine[start : start + size][-1]) + 1)
+                    crops = make_crops(group[0], part).batch
+                    before, waiting = self._held.get((g, int(track)), (crops[:0], numbers[:0]))
+                    held, waiting = np.concatenate([before, crops]), np.append(waiting, numbers[part])
+                    if len(waiting) >= size:
+                        end = len(held) - (len(waiting) - size)
+                        full.append((held[end - size : end], waiting[:size]))
+                        waiting = waiting[size:]
+                    self._held[g, int(track)] = held[-(size + len(waiting)) :], waiting
+                    if len(full) * size >= BATCH_CROPS:
+                        self._score(group, full)
+                        full = []
+            self._score(group, full)
+
+    def finish(self) -> dict[str, F64]:
+        """Logits of every clip member for all rows that were added, in that order, (rows,) each."""
+        for g, group in enumerate(self._groups):
+            size = group[0].clip_frames
+            rest = []
+            for (of, _), (held, waiting) in self._held.items():
+                if of == g and len(waiting):
+                    last = held[-size:]
+                    rest.append((last[np.minimum(np.arange(size), len(last) - 1)], waiting))
+            self._score(group, rest)
+        self._held.clear()
+        return self._logits
+
+    def _score(self, group: list[ModelSpec], clips: list[tuple[F32, I64]]) -> None:
+        """``clips``: the crops of each, (T, 3, H, W), and the rows that get its logit."""
+        if not clips:
+            return
+        batch = np.stack([crops for crops, _ in clips])
+        for member in group:
+            sound = self._log_mel.get(member.name)
+            hears = [np.broadcast_to(sound, (len(clips), *sound.shape))] if sound is not None else []
+            for logit, (_, rows) in zip(self._backbone._logits(member, batch, *hears), clips, strict=True):
+                self._logits[member.name][rows] = logit
+
+
 def _by_preprocessing(members: tuple[ModelSpec, ...]) -> list[list[ModelSpec]]:
     groups: dict[tuple[object, ...], list[ModelSpec]] = {}
     for m in members:
-        key = (m.input_hw, m.mean, m.std, m.margin_ratio, m.crop_shape, m.resize, m.padding)
+        key = (m.input_hw, m.mean, m.std, m.margin_ratio, m.crop_shape, m.resize, m.padding, m.clip_frames)
         groups.setdefault(key, []).append(m)
     return list(groups.values())

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from dfengine.errors import BundleError, BundleNotFound
@@ -94,13 +95,40 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AudioSettings:
+    """What a member of kind "audio" hears. See dfengine.audio for how the log-mel is made."""
+
+    # 16 kHz, windows of 25 ms every 10 ms, 64 bands from 60 to 7800 Hz: the front end of YouTube's VGGish (Hershey et
+    # al. 2017, arXiv:1609.09430, has 125 to 7500 Hz), widened at both ends: synthetic voices differ in the highs.
+    sample_rate: int = 16000
+    window: int = 400  # samples; also the length of the Fourier transform
+    hop: int = 160  # samples
+    bands: int = 64
+    low_hz: float = 60.0
+    high_hz: float = 7800.0
+    seconds: float = 10.0  # from the start of the sound; a DFDC clip lasts that long
+    # Mel power that counts as silence. 16-bit noise of one step has 1e-7 to 1e-6 in a band.
+    floor: float = 1e-6
+
+    @property
+    def frames(self) -> int:
+        """Windows in ``seconds``, all of them whole."""
+        return max(0, 1 + (int(self.seconds * self.sample_rate) - self.window) // self.hop)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One network and its preprocessing contract."""
+    """One network and its preprocessing contract. All give one logit, (B, 1) or (B,); positive means fake.
+
+    ``kind`` says what goes in: "frame" takes crops (B, 3, H, W); "clip" takes (B, clip_frames, 3, H, W), crops of one
+    person in order of time; "audio" takes clips and, as a second input, the log-mel of the sound (B, bands, frames).
+    How a track is cut into clips is in dfengine.backbone.clip_rows.
+    """
 
     name: str
     file: str
     sha256: str
-    kind: Literal["frame", "detector"] = "frame"
+    kind: Literal["frame", "clip", "audio", "detector"] = "frame"
     input_hw: tuple[int, int] = (0, 0)
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # on RGB in 0..1
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -108,6 +136,8 @@ class ModelSpec:
     crop_shape: Literal["square", "box"] = "square"
     resize: Literal["triangle", "area", "bilinear"] = "triangle"
     padding: Literal["edge", "zero"] = "edge"
+    clip_frames: int = 1  # crops a clip; 1 for kind "frame"
+    audio: AudioSettings = AudioSettings()  # only kind "audio" listens
     weight: float = 1.0
     # bf16: the network may run in bfloat16 where the processor has units for it, about twice as fast. Its logits then
     # depend on the machine, in the third digit.
@@ -160,7 +190,7 @@ class Bundle:
                 stage="bundle",
             )
         try:
-            loaded = dataclasses.replace(_build(cls, data, ""), folder=folder, digest=hashlib.sha256(text).hexdigest())
+            loaded = dataclasses.replace(from_plain(cls, data), folder=folder, digest=hashlib.sha256(text).hexdigest())
         except (TypeError, ValueError, OverflowError) as error:
             raise BundleError(f"bundle.json: {error}", path=folder, stage="bundle") from None
         loaded._check()
@@ -221,6 +251,17 @@ class Bundle:
             require(
                 m.margin_ratio > -1, f"{who} margin_ratio {m.margin_ratio}; above -1, or nothing of the box is left"
             )
+            ok = m.clip_frames >= 1 if m.kind in ("clip", "audio") else m.clip_frames == 1
+            require(ok, f"{who} clip_frames {m.clip_frames}; at least 1, and 1 unless kind is clip or audio")
+            a = m.audio
+            ok = min(a.sample_rate, a.hop, a.bands, a.frames) >= 1 and a.window >= 2 and 0 < a.floor < 1
+            ok = ok and 0 <= a.low_hz < a.high_hz <= a.sample_rate / 2
+            # An hour is far above any use and bounds what a header may cost.
+            require(
+                ok and a.seconds <= 3600,
+                f"{who} audio settings {a}; sizes are positive, seconds hold at least one window and at most 3600, "
+                "0 <= low_hz < high_hz <= sample_rate / 2, 0 < floor < 1",
+            )
             self.onnx_bytes(m)
         for name, value, low, high in (
             ("calibration.temperature", self.calibration.temperature, 0, float("inf")),
@@ -265,8 +306,11 @@ def _find(bundle: PathLikeStr) -> Path:
     return folder
 
 
-def _build(cls: type[T], data: Any, where: str) -> T:
-    """A dataclass from JSON: unknown and missing keys and wrong types are errors, defaults fill the rest."""
+def from_plain(cls: type[T], data: Any, where: str = "") -> T:
+    """A dataclass from what a JSON or TOML file holds; defaults fill what it leaves out.
+
+    Raises TypeError or ValueError, naming the key, for unknown and missing keys and wrong types.
+    """
     if not isinstance(data, dict):
         raise TypeError(f"{where or 'the top level'} must be an object, got {type(data).__name__}")
     hints = get_type_hints(cls)
@@ -283,11 +327,16 @@ def _build(cls: type[T], data: Any, where: str) -> T:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where + ".")
+        return from_plain(hint, value, where + ".")
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}")
         return value
+    if origin is UnionType:
+        fits = [h for h in args if type(value) is h or (h is float and type(value) is int)]
+        if not fits:
+            raise TypeError(f"{where} must be {' or '.join(h.__name__ for h in args)}, got {value!r}")
+        return _convert(fits[0], value, where)
     if origin is tuple:
         if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
             raise TypeError(f"{where} must be a list of {len(args)}, got {value!r}")

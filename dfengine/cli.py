@@ -96,7 +96,8 @@ def score(
     bundle: Annotated[str, typer.Option(help="A packaged bundle by name, or a folder.")] = "default",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     frames: Annotated[
-        str | None, typer.Option(help="N, uniform:N, every:K or first:N; :MAX limits (every:10:17).")
+        str | None,
+        typer.Option(help="N, uniform:N, every:K or first:N; :MAX limits (every:10:17), @SECONDS too (every:6@10)."),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Frames: exact, reference (faster) or keyframe (fastest).")] = None,
     workers: Annotated[int | None, typer.Option(help="Videos scored at a time; default: one a core.")] = None,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dfengine.aggregate import judge
+from dfengine.audio import Sound, load_log_mel
 from dfengine.backbone import Backbone
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.crop import crop_tracks
@@ -158,6 +159,12 @@ class Engine:
         stride = 1 if mode == "exact" else self.bundle.detector.stride
         with watch("decode"):
             video = open_video(path, threads=threads)
+        sounds: dict[str, Sound] = {}
+        for member in self.bundle.members:
+            if member.kind == "audio" and member.name in plan.members:
+                with watch("audio"):
+                    sounds[member.name] = load_log_mel(path, member.audio)
+        clips = backbone.clips({name: sound.log_mel for name, sound in sounds.items()}, only=plan.members)
         with video:
             known["decoder"] = video.name
             for frames in watch.each("decode", video.frames(policy, mode, memory_bytes=self._memory_bytes)):
@@ -177,17 +184,21 @@ class Engine:
 
                 with watch("backbone"):
                     logits.append(backbone.run(len(rows), make_crops, only=plan.members))
+                    clips.add(rows, make_crops)
                 parts.append(rows)
             known["frames_decoded"] = video.frames_decoded
-            known["warnings"] = tuple(video.warnings)
+            deaf = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing is not None)
+            known["warnings"] = (*video.warnings, *deaf)
+        with watch("backbone"):
+            of_clips = clips.finish()
         with watch("aggregate"):
             tracks = Tracks.concatenate(parts)
             order = np.lexsort((tracks.pts_seconds, tracks.track_id))
             order = order[np.isin(tracks.track_id[order], people)]
             if len(order) == 0:
                 return {"status": "no_face"}
-            columns = {name: np.concatenate([part[name] for part in logits])[order] for name in logits[0]}
-            verdict = judge(tracks[order], columns, self.bundle)
+            columns = {name: np.concatenate([part[name] for part in logits]) for name in logits[0]} | of_clips
+            verdict = judge(tracks[order], {name: column[order] for name, column in columns.items()}, self.bundle)
         return {
             "status": "ok",
             "p_fake": verdict.p_fake,

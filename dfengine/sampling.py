@@ -8,6 +8,7 @@ Policies (text, as on the command line and in a bundle):
     every:K        every K-th frame in the order of presentation
     first:N        the first N frames
     POLICY:MAX     any of the above, at most MAX frames: every:10:17 is every 10th frame until there are 17
+    POLICY@SECONDS any of the above, as if the video ended SECONDS after its first frame: every:1@2, uniform:30@10
 
 Three modes say which frame stands for a wanted time:
 
@@ -21,6 +22,7 @@ Three modes say which frame stands for a wanted time:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -58,6 +60,7 @@ KEYFRAME_STEP_FRAMES = 4
 
 # Numbers in a policy stay below a million: 9 hours at 30 frames a second. More would be a slip, and cost memory.
 _MAX_DIGITS = 6
+_SECONDS = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}(\.[0-9]{{1,3}})?")
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,13 @@ class Policy:
     kind: Literal["uniform", "every", "first"]
     count: int
     limit: int | None = None
+    seconds: float | None = None  # frames this long after the first, and later ones, are not looked at
 
     @classmethod
     def parse(cls, text: str) -> Policy:
         """Raises OptionError. A bare number N means uniform:N."""
-        parts = text.strip().split(":")
+        counts, at, seconds = text.strip().partition("@")
+        parts = counts.split(":")
         if len(parts) == 1 and parts[0].isdigit():
             parts = ["uniform", *parts]
         numbers = parts[1:]
@@ -79,20 +84,27 @@ class Policy:
             parts[0] not in ("uniform", "every", "first")
             or not 1 <= len(numbers) <= 2
             or not all(n.isascii() and n.isdigit() and 0 < len(n.lstrip("0")) <= _MAX_DIGITS for n in numbers)
+            or (at and not (_SECONDS.fullmatch(seconds) and float(seconds) > 0))
         ):
             raise OptionError(
                 f"sampling policy {text!r} is not understood; write uniform:N, every:K or first:N with a positive "
-                "number below a million, and :MAX behind it to limit the frames (every:10:17)"
+                "number below a million, :MAX behind it to limit the frames (every:10:17), and @SECONDS at the end to "
+                "stay within the first seconds (every:6@10)"
             )
-        return cls(parts[0], int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None)  # type: ignore[arg-type]
+        limit = int(numbers[1]) if len(numbers) == 2 else None
+        return cls(parts[0], int(numbers[0]), limit, float(seconds) if at else None)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.count}" + (f":{self.limit}" if self.limit is not None else "")
+        limit = f":{self.limit}" if self.limit is not None else ""
+        return f"{self.kind}:{self.count}{limit}" + (f"@{self.seconds}" if self.seconds is not None else "")
 
     def wanted_seconds(self, timeline: F64) -> F64:
         """The times to sample, ascending, given the presentation times of all frames (seconds, ascending)."""
         if len(timeline) == 0:
             return np.zeros(0)
+        if self.seconds is not None:
+            # Less a tick of the finest clocks in use: the frame at 2.0 s is none of the first two seconds.
+            timeline = timeline[timeline - timeline[0] < self.seconds - 1e-7]
         if self.kind == "every":
             wanted = timeline[:: self.count]
         elif self.kind == "first":

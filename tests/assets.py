@@ -10,7 +10,7 @@ import hashlib
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -218,6 +218,22 @@ def write_clip(clip: Clip, folder: Path) -> Path:
     return path
 
 
+def with_sound(video: Path, samples: NDArray[np.floating], out: Path) -> Path:
+    """The pictures of ``video`` with ``samples`` at 16 kHz, (N,), as lossless sound."""
+    with av.open(str(video)) as source, av.open(str(out), "w", format="matroska") as sink:
+        pictures = sink.add_stream_from_template(source.streams.video[0])
+        sound = sink.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = pictures
+                sink.mux(packet)
+        frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        sink.mux(sound.encode(frame))
+        sink.mux(sound.encode(None))
+    return out
+
+
 def _container(clip: Clip) -> str:
     suffix = Path(clip.name).suffix[1:]
     named = {"mkv": "matroska", "ts": "mpegts", "mpg": "mpeg", "y4m": "yuv4mpegpipe"}
@@ -255,6 +271,66 @@ def write_bundle(folder: Path, **changes: object) -> Path:
     )
     fields = {"schema_version": 1, "name": "development", "licence": "none", "members": (member,)} | changes
     (folder / "bundle.json").write_text(to_json(Bundle(**fields)), encoding="utf-8")
+    return folder
+
+
+def write_face_table(
+    folder: Path, videos: Sequence[tuple[str, int, str, str]], *, frames: int = 3, tracks: int = 1, seed: int = 0
+) -> Path:
+    """A folder as training.faces writes it, without videos: the astronaut's face in many lights.
+
+    ``videos``: (path, label, source_id, split) of each. Each has its own tint and mirror, each frame its own
+    brightness; in fakes the lower half of the face is darker, so that there is something to learn.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image as PilImage
+    from skimage import data
+
+    from training.table import SCHEMA
+
+    region = data.astronaut()[20:220:2, 130:330:2]  # (100, 100, 3)
+    box = np.float32([24.4, 19.8, 70, 77.5])  # as the detector sees it
+    points = np.float32([[37.1, 40.7], [58.8, 42], [47.4, 54.6], [36.2, 60.2], [57.8, 61.1]])
+    rng = np.random.default_rng(seed)
+    rows = []
+    for path, label, source_id, split in videos:
+        known = {
+            "path": path,
+            "label": label,
+            "source_id": source_id,
+            "original": None,
+            "dataset": "made",
+            "split": split,
+        }
+        tint, mirror = rng.uniform(0.6, 1.2, 3), rng.random() < 0.5
+        for track, index in np.ndindex(tracks, frames):
+            rgb = region * tint * rng.uniform(0.8, 1.1)
+            rgb[50:78, 24:70] *= 0.6 if label else 1.0
+            rgb = rgb.clip(0, 255).astype(np.uint8)
+            place, marks = box, points
+            if mirror:
+                rgb, place = rgb[:, ::-1], np.float32([100 - box[2], box[1], 100 - box[0], box[3]])
+                marks = (np.float32([100, 0]) + points * np.float32([-1, 1]))[[1, 0, 2, 4, 3]]
+            file = folder / "crops" / Path(path).stem / f"{track}-{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            PilImage.fromarray(np.ascontiguousarray(rgb)).save(file)
+            corner = np.float32([200, 100])  # of the region, in the frame
+            face = {
+                "track": track,
+                "pts_seconds": index / 2,
+                "index": 10 * index,
+                "box": place + np.tile(corner, 2),
+                "landmarks": (marks + corner).reshape(10),
+                "confidence": 0.99,
+                "crop": file.relative_to(folder).as_posix(),
+                "crop_xyxy": [200, 100, 300, 200],
+                "crop_hw": [100, 100],
+                "failure": None,
+            }
+            rows.append(known | face)
+    table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"source": str(folder)})
+    pq.write_table(table, folder / "faces.parquet")
     return folder
 
 

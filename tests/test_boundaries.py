@@ -26,9 +26,11 @@ MAY_IMPORT = {
     "errors": set(),
     "bundle": VALUES,
     "runtime": VALUES | {"bundle"},
+    "media": VALUES,
     "sampling": VALUES | {"bundle"},
     **{stage: VALUES | {"bundle", "runtime"} | COMPILED for stage in STAGES},
-    "decode": VALUES | {"bundle", "runtime", "sampling"} | COMPILED,
+    "decode": VALUES | {"bundle", "runtime", "sampling", "media"} | COMPILED,
+    "audio": VALUES | {"bundle", "media"},
     "results": VALUES,
     "deadline": VALUES | {"bundle", "sampling"},
     "worker": VALUES | {"bundle", "engine"},
@@ -42,7 +44,7 @@ MAY_IMPORT = {
 
 # Packages from elsewhere -> the layers that may import them. The standard library and numpy are free.
 ELSEWHERE = {
-    "av": {"decode", "info"},
+    "av": {"media", "decode", "audio", "info"},
     "openvino": {"runtime"},
     "typer": {"cli"},
     "rich": {"cli"},

@@ -22,21 +22,26 @@ def frames_of(policy: str, timeline: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "count", "limit"),
+    ("text", "expected"),
     [
-        ("uniform:17", "uniform", 17, None),
-        ("17", "uniform", 17, None),
-        (" every:6 ", "every", 6, None),
-        ("every:10:17", "every", 10, 17),
-        ("first:60", "first", 60, None),
-        ("first:1:1", "first", 1, 1),
-        ("uniform:007", "uniform", 7, None),
-        ("every:999999:999999", "every", 999999, 999999),
+        ("uniform:17", Policy("uniform", 17)),
+        ("17", Policy("uniform", 17)),
+        (" every:6 ", Policy("every", 6)),
+        ("every:10:17", Policy("every", 10, 17)),
+        ("first:60", Policy("first", 60)),
+        ("first:1:1", Policy("first", 1, 1)),
+        ("uniform:007", Policy("uniform", 7)),
+        ("every:999999:999999", Policy("every", 999999, 999999)),
+        ("uniform:30@10", Policy("uniform", 30, None, 10.0)),
+        ("30@10", Policy("uniform", 30, None, 10.0)),
+        ("every:6:40@2.5", Policy("every", 6, 40, 2.5)),
+        ("every:1@0.001", Policy("every", 1, None, 0.001)),
+        ("every:1@999999.999", Policy("every", 1, None, 999999.999)),
     ],
 )
-def test_policy_parses(text: str, kind: str, count: int, limit: int | None) -> None:
+def test_policy_parses(text: str, expected: Policy) -> None:
     policy = Policy.parse(text)
-    assert (policy.kind, policy.count, policy.limit) == (kind, count, limit)
+    assert policy == expected
     assert Policy.parse(str(policy)) == policy
 
 
@@ -65,11 +70,25 @@ def test_policy_parses(text: str, kind: str, count: int, limit: int | None) -> N
         "uniform:1000000",
         "uniform:5:1000000",
         "first:" + "9" * 5000,  # more digits than int() takes
+        "@3",
+        "every:1@",
+        "every:1@0",
+        "every:1@0.0",
+        "every:1@-2",
+        "every:1@2.5001",
+        "every:1@1000000",
+        "every:1@2@3",
+        "every:1@inf",
+        "every@2:1",
     ],
 )
 def test_policy_refuses(text: str) -> None:
     with pytest.raises(OptionError, match="is not understood; write uniform:N, every:K or first:N"):
         Policy.parse(text)
+
+
+def test_first_seconds_count_from_the_first_frame() -> None:
+    assert frames_of("every:1@0.2", 7.1 + cfr(60)) == [0, 1, 2, 3, 4]
 
 
 def test_mode_parses() -> None:
@@ -96,6 +115,13 @@ def test_mode_parses() -> None:
         ("first:3", 2, [0, 1]),
         ("first:3", 8, [0, 1, 2]),
         ("first:3:1", 8, [0]),
+        ("every:20@2", 100, [0, 20, 40]),  # the frame at 2.0 s does not belong to the first two seconds
+        ("every:1@0.001", 5, [0]),
+        ("uniform:3@1", 60, [0, 12, 24]),
+        ("uniform:3@9", 5, [0, 2, 4]),
+        ("first:5@0.1", 60, [0, 1, 2]),
+        ("every:1:2@1", 60, [0, 1]),
+        ("every:1@1", 0, []),
     ],
 )
 def test_wanted_frames(policy: str, n: int, expected: list[int]) -> None:

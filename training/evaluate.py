@@ -1,165 +1,454 @@
-"""Measures a run on the people held out: ``python -m training.evaluate --faces runs/faces.npz --run runs/default``.
+"""Measures checkpoints on videos they have not seen: ``python -m training.evaluate RUN/best.safetensors... --faces DIR
+--out DIR``.
 
-Writes RUN/evaluation.json: AUC of real against self-blended and against swapped faces at three levels of degradation,
-all of them reported, beside what sharpness alone achieves on the same crops; and the calibration.
+Several checkpoints are blended as their bundle will blend them. Frames become a video's score by dfengine.aggregate,
+with the rules of the recipe's [bundle]. Temperature and bias are fitted on the validation split; training.export stores
+them in the bundle. Writes evaluation.json, predictions.csv, roc.png and reliability.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Generator, Tensor
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.aggregate import sigmoid
-from dfengine.bundle import Calibration
-from dfengine.types import F32
+from dfengine.aggregate import judge, sigmoid
+from dfengine.audio import load_log_mel
+from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec
+from dfengine.errors import DfengineError
+from dfengine.types import F32, F64, I64, Tracks
 
-from .degrade import Codec, crop, jitter_boxes, shrink, store
-from .faces import FACE_PX, FaceSet, split
-from .fakes import make_pairs
-from .metrics import auc, bootstrap_auc, interval
-from .model import SPEC, FaceNet
-from .train import load_average, photos, predict
+from . import metrics
+from .checkpoint import load_checkpoint
+from .data import Batch, Batches
+from .errors import CheckpointError, TrainingError
+from .models import Network
+from .recipe import Recipe, build_recipe
+from .table import FaceTable
 
-# The full size of a face is what the stored crops have; levels are fixed so that later networks can be compared.
-LEVELS = {
-    "L1": (FACE_PX, Codec("jpeg", 90)),
-    "L2": (FACE_PX, Codec("h264", 28)),
-    "L3": (FACE_PX / 2, Codec("h264", 38)),
-}
-FAKES = ("self_blended", "swap")
-DRAWS = 2  # fakes made of each photo: the chance in making them should add less to the interval than people do
+THRESHOLD = 0.5  # of accuracy, on the calibrated score: where real and fake are equally likely
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network from a checkpoint, in eval mode, and what is known of it."""
+
+    name: str
+    network: Network
+    recipe: Recipe
+    state: dict[str, Any]
+    sha256: str  # of the checkpoint
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.recipe.model.spec(self.name)
+
+
+def load_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
+    """The network of a best.safetensors. Raises CheckpointError for anything else."""
+    tensors, state = load_checkpoint(path)
+    if state.get("kind") != "best":
+        raise CheckpointError(
+            f"this is a checkpoint of kind {state.get('kind')!r}; give a run's best.safetensors", path=path
+        )
+    recipe = build_recipe(state["recipe"], str(path))
+    network = Network(recipe.model, fetch=False)
+    load_weights(network, tensors, path)
+    network.requires_grad_(False).eval()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Trained(state["name"], network.to(device), recipe, state, digest)
+
+
+def load_weights(network: Network, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError if they are of another network."""
+    wanted = network.state_dict()
+    wrong = sorted(k for k in wanted.keys() | tensors.keys() if k not in tensors or k not in wanted)
+    wrong = wrong or [k for k, v in wanted.items() if tensors[k].shape != v.shape]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint is of another network than the recipe's {network.settings.backbone!r}: {wrong[0]!r} does "
+            "not fit; use the recipe that it was trained with",
+            path=path,
+        )
+    network.load_state_dict(dict(tensors))
+
+
+# -- scoring -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Real and fake crops at one level: 2 B rows, reals first."""
+    """N videos, judged as the engine would. Pseudo-fakes count as videos of their own."""
 
-    labels: F32
-    logits: F32
-    sharpness: F32
-    identity: NDArray[np.str_]
+    video: list[str]
+    label: F64  # (N,), 1 fake
+    source_id: list[str]
+    original: list[str | None]  # what a fake was made from, if that is known
+    dataset: list[str]
+    logit: F64  # (N,), before calibration
+    sharpness: F64  # (N,), what a score that knows nothing of fakes would go by
+
+    def __len__(self) -> int:
+        return len(self.video)
 
 
-def score_level(model: FaceNet, faces: FaceSet, fake: str, level: str, seed: int = 0) -> Scored:
-    """Makes DRAWS pairs of every photo and scores them; a level sees the same pairs as every other."""
-    face_px, codec = LEVELS[level]
-    rng = Generator().manual_seed(seed)
-    rows = np.tile(np.arange(len(faces)), DRAWS)
-    donors = rows if fake == "self_blended" else _other_people(faces, rows, seed)
-    logits, sharpness = [], []
-    for start in range(0, len(rows), 32):  # bounds the memory; one encoder is opened for 64 images
-        part = slice(start, start + 32)
-        pairs = make_pairs(*photos(faces, rows[part]), *photos(faces, donors[part])[::2], rng)
-        boxes = jitter_boxes(pairs.xyxy, rng)
-        small, scale = shrink(torch.cat([pairs.real, pairs.fake]), face_px)
-        crops = torch.from_numpy(crop(store(small, codec), boxes.repeat(2, 1) * scale, SPEC))
-        logits.append(predict(model, crops).reshape(2, -1))
-        sharpness.append(laplacian_variance(crops).reshape(2, -1))
-    return Scored(
-        np.repeat(np.float32([0, 1]), len(rows)),
-        np.concatenate(logits, axis=1).reshape(-1),
-        np.concatenate(sharpness, axis=1).reshape(-1),
-        np.tile(faces.identity[rows], 2),
+# By video: the label, and by row of the table the logit and the sharpness, each with where its clip begins.
+Predictions = dict[str, tuple[float, dict[int, tuple[int, float, float]]]]
+
+
+def make_evaluation_batches(
+    table: FaceTable, trained: Trained, split: str, device: torch.device | str = "cpu", **ranks: int
+) -> Batches:
+    recipe = trained.recipe
+    return Batches(
+        table,
+        trained.spec,
+        recipe.data,
+        recipe.augment,
+        recipe.fakes,
+        split=split,
+        seed=0,  # the same pseudo-fakes for every network
+        batch=max(1, BATCH // trained.spec.clip_frames),
+        device=device,
+        audio=make_listener(trained.spec),
+        training=False,
+        **ranks,
     )
 
 
-def laplacian_variance(crops: Tensor) -> F32:
-    """The usual measure of sharpness, on the grey crop: (B, 3, H, W) -> (B,)."""
-    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
-    edges = F.conv2d(crops.mean(dim=1, keepdim=True), kernel[None, None])
-    return edges.flatten(1).var(dim=1).numpy()
+def make_listener(spec: ModelSpec) -> Callable[[Path], F32] | None:
+    """Path -> log-mel (bands, frames) for a network that hears, else None. Raises TrainingError if the file is gone."""
+    if spec.kind != "audio":
+        return None
+
+    @lru_cache(64)  # the clips of one video follow each other
+    def listen(path: Path) -> F32:
+        if not Path(path).is_file():  # silence would be learned as if it were this video's sound
+            raise TrainingError("the video is gone, and its sound is needed; put it back where it was", path=path)
+        return load_log_mel(path, spec.audio).log_mel
+
+    return listen
 
 
-def compare(scored: Scored) -> dict[str, object]:
-    """The network beside sharpness, each with its 95 % interval over people, and the difference of the two."""
-    # A single score has no idea of what it looks for; sharpness may take whichever direction suits it better.
-    sharp_is_fake = auc(scored.labels, scored.sharpness) >= 0.5
-    sharpness = scored.sharpness if sharp_is_fake else -scored.sharpness
-    values = bootstrap_auc(scored.labels, [scored.logits, sharpness], scored.identity)
-    ours, baseline = auc(scored.labels, scored.logits), auc(scored.labels, sharpness)
-    return {
-        "auc": ours,
-        "auc_95": interval(values[:, 0]),
-        "sharpness_auc": baseline,
-        "sharpness_auc_95": interval(values[:, 1]),
-        "sharpness_direction": "sharp is fake" if sharp_is_fake else "soft is fake",
-        "difference": ours - baseline,
-        "difference_95": interval(values[:, 0] - values[:, 1]),
-    }
+@torch.no_grad()
+def predict(network: Network, batches: Iterable[Batch]) -> Predictions:
+    """Logits of all faces of a split. A row in two clips has the logit of the earlier one, as in the engine."""
+    network.eval()
+    found: Predictions = {}
+    for batch in batches:
+        logits = network(batch.x, batch.audio).float().squeeze(1).cpu().numpy()
+        sharp = sharpness(batch.x.flatten(0, -4)).reshape(len(batch), -1)
+        for i, video in enumerate(batch.video):
+            _, rows = found.setdefault(video, (float(batch.y[i]), {}))
+            for row, s in zip(batch.rows[i], sharp[i], strict=True):
+                entry = (int(batch.rows[i][0]), float(logits[i]), float(s))
+                rows[int(row)] = min(rows.get(int(row), entry), entry)
+    return found
 
 
-def fit_calibration(logits: F32, labels: F32) -> Calibration:
-    """Temperature and bias that make sigmoid(logit / temperature + bias) most likely, by Newton's method."""
-    x = np.stack([logits, np.ones_like(logits)], axis=1).astype(np.float64)
-    w = np.zeros(2)
-    for _ in range(50):  # converges in about six
-        p = sigmoid(x @ w)
-        w -= np.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + 1e-9 * np.eye(2), x.T @ (p - labels))
-    if w[0] <= 0:
-        raise ValueError(f"the logits do not rise with the label (slope {w[0]:.3g}); there is nothing to calibrate")
-    return Calibration(temperature=float(1 / w[0]), bias=float(w[1]), fitted_on="held-out people, see provenance")
+def sharpness(crops: Tensor) -> F32:
+    """Variance of the Laplacian of the grey crops: (N, 3, H, W) -> (N,)."""
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]], device=crops.device)
+    return F.conv2d(crops.mean(dim=1, keepdim=True), kernel[None, None]).flatten(1).var(dim=1).cpu().numpy()
 
 
-def calibration_error(p_fake: NDArray[np.floating], labels: F32, bins: int = 10) -> float:
-    """Mean distance of probability and frequency over equally large groups."""
-    groups = np.array_split(np.argsort(p_fake), bins)
-    return float(sum(len(g) * abs(p_fake[g].mean() - labels[g].mean()) for g in groups) / len(labels))
+def score_videos(faces: FaceTable, predictions: Mapping[str, Predictions], bundle: Bundle) -> Scored:
+    """Blends the members' predictions for ``faces`` and judges each video, uncalibrated if ``bundle`` is."""
+    first = next(iter(predictions.values()))
+    if any(found.keys() != first.keys() for found in predictions.values()):
+        raise TrainingError(
+            "these networks have different fakes.ratio, so they see different fakes; take them one by one"
+        )
+    columns: list[tuple[Any, ...]] = []
+    for video, (label, rows_of) in first.items():
+        rows = np.array(sorted(rows_of), np.int64)
+        tracks = make_tracks(faces, rows)
+        order = np.lexsort((tracks.pts_seconds, tracks.track_id))
+        logits = {
+            name: np.array([found[video][1][int(r)][1] for r in rows[order]]) for name, found in predictions.items()
+        }
+        verdict = judge(tracks[order], logits, bundle)
+        sharp = float(np.mean([s for _, _, s in rows_of.values()]))
+        path, row = video.removesuffix("#fake"), rows[0]
+        original = path if path != video else faces.original[row]
+        columns.append((video, label, faces.source_id[row], original, faces.dataset[row], verdict.logit, sharp))
+    video, label, source_id, original, dataset, logit, sharp = (list(c) for c in zip(*columns, strict=True))
+    return Scored(video, np.array(label), source_id, original, dataset, np.array(logit), np.array(sharp))
 
 
-def _other_people(faces: FaceSet, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    rng = np.random.default_rng(seed)
-    donors = [rng.choice(np.flatnonzero(faces.identity != faces.identity[r])) for r in rows]
-    return np.array(donors, np.int64)
+def make_tracks(faces: FaceTable, rows: I64) -> Tracks:
+    """Rows of one video as the engine has them."""
+    part = faces[rows]
+    detected = np.isfinite(part.landmarks).all(axis=(1, 2))
+    frame = np.arange(len(rows), dtype=np.int64)
+    return Tracks(part.track, frame, part.index, part.pts_seconds, part.box, part.landmarks, part.confidence, detected)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faces", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
-    args = parser.parse_args()
-
-    torch.set_num_threads(1)
-    _, held_out = split(FaceSet.load(args.faces))
-    model = load_average(args.run)
-    report: dict[str, object] = {
-        "photos": len(held_out),
-        "people": len(np.unique(held_out.identity)),
-        "pairs_per_cell": len(held_out) * DRAWS,
-        "levels": {name: {"face_px": px, **asdict(codec)} for name, (px, codec) in LEVELS.items()},
-    }
-    everything = []
-    for fake in FAKES:
-        cells = report[fake] = {}
-        for level in LEVELS:
-            scored = score_level(model, held_out, fake, level)
-            everything.append(scored)
-            cell = cells[level] = compare(scored)
-            print(
-                f"{fake:13} {level}  AUC {cell['auc']:.3f} [{cell['auc_95'][0]:.3f}, {cell['auc_95'][1]:.3f}]  "
-                f"sharpness {cell['sharpness_auc']:.3f}  difference {cell['difference']:+.3f} "
-                f"[{cell['difference_95'][0]:+.3f}, {cell['difference_95'][1]:+.3f}]",
-                flush=True,
+def make_bundle(trained: Sequence[Trained], members: Sequence[ModelSpec], **fields: Any) -> Bundle:
+    """The bundle of some checkpoints. Raises CheckpointError if they do not belong together."""
+    settings = trained[0].recipe.bundle
+    for other in trained[1:]:
+        if other.recipe.bundle != settings:
+            raise CheckpointError(
+                f"the checkpoints {trained[0].name!r} and {other.name!r} have different [bundle] tables; members of "
+                "one bundle share one"
             )
-    logits = np.concatenate([s.logits for s in everything])
-    labels = np.concatenate([s.labels for s in everything])
-    calibration = fit_calibration(logits, labels)
-    p_fake = sigmoid(logits / calibration.temperature + calibration.bias)
-    report["calibration"] = {
-        "temperature": calibration.temperature,
-        "bias": calibration.bias,
-        "fitted_on": "all cells above together, the people it was measured on",
-        "expected_calibration_error": calibration_error(p_fake, labels),
+    names = [t.name for t in trained]
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"two checkpoints are of one name, got {names}; members of a bundle have different names")
+    return Bundle(
+        schema_version=SCHEMA_VERSION,
+        members=tuple(members),
+        **{k: getattr(settings, k) for k in settings.__dataclass_fields__},
+        **fields,
+    )
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def fit_calibration(logits: F64, labels: F64, fitted_on: str = "") -> Calibration:
+    """Temperature and bias that make sigmoid(logit / temperature + bias) most likely, by Newton's method.
+
+    With the targets of Platt (1999), (n + 1) / (n + 2) instead of 1: where the classes do not overlap the likeliest
+    temperature would be 0. Raises TrainingError if the logits do not rise with the label.
+    """
+    fakes, reals = float((labels == 1).sum()), float((labels == 0).sum())
+    if not (fakes and reals):
+        raise TrainingError(f"calibration needs both classes, there are {reals:.0f} real and {fakes:.0f} fake videos")
+    wanted = np.where(labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
+    scale = max(float(np.abs(logits).max()), 1e-6)  # the steps are taken where logits are about 1
+    x = np.stack([logits / scale, np.ones_like(logits)], axis=1).astype(np.float64)
+
+    def cost(w: F64) -> float:
+        z = x @ w
+        return float(np.mean(np.logaddexp(0, z) - wanted * z))
+
+    w = np.zeros(2)
+    for _ in range(100):
+        p = sigmoid(x @ w)
+        step = np.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + 1e-9 * np.eye(2), x.T @ (p - wanted))
+        while cost(w - step) > cost(w) and np.abs(step).max() > 1e-12:
+            step = step / 2
+        w = w - step
+        if np.abs(step).max() < 1e-10:
+            break
+    if w[0] <= 0:
+        raise TrainingError(
+            f"the logits do not rise with the label (slope {w[0] / scale:.3g}); there is nothing to calibrate"
+        )
+    return Calibration(temperature=float(scale / w[0]), bias=float(w[1]), fitted_on=fitted_on)
+
+
+def calibrate(logits: F64, calibration: Calibration) -> F64:
+    return sigmoid(logits / calibration.temperature + calibration.bias)
+
+
+def measure(scored: Scored, calibration: Calibration, threshold: float = THRESHOLD) -> dict[str, Any]:
+    """All numbers about one set of videos, with 95 % intervals over its sources."""
+    labels, p = scored.label, calibrate(scored.logit, calibration)
+    # A score that knows nothing may take whichever direction suits it better.
+    side = 1.0 if not metrics.auc(labels, scored.sharpness) < 0.5 else -1.0
+
+    def numbers(r: I64) -> list[float]:
+        return [
+            metrics.log_loss(labels[r], p[r]),
+            metrics.auc(labels[r], p[r]),
+            metrics.eer(labels[r], p[r]),
+            metrics.accuracy(labels[r], p[r], threshold),
+            metrics.calibration_error(labels[r], p[r]),
+            metrics.auc(labels[r], side * scored.sharpness[r]),
+        ]
+
+    names = ("log_loss", "auc", "eer", "accuracy", "calibration_error", "sharpness_auc")
+    values = numbers(np.arange(len(scored)))
+    rounds = metrics.bootstrap(numbers, scored.source_id)
+    pairs, count = metrics.pair_accuracy(p, scored.video, scored.original)
+    result: dict[str, Any] = {
+        "real": int((labels == 0).sum()),
+        "fake": int((labels == 1).sum()),
+        "sources": len(set(scored.source_id)),
+        "threshold": threshold,
     }
-    (args.run / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report["calibration"]))
+    for i, name in enumerate(names):
+        result[name] = _number(values[i])
+        result[f"{name}_95"] = metrics.interval(rounds[:, i])
+    return result | {"pair_accuracy": _number(pairs), "pairs": count}
+
+
+def measure_by_dataset(
+    scored: Scored, calibration: Calibration, failures: Mapping[str, str], threshold: float = THRESHOLD
+) -> dict[str, Any]:
+    """``measure`` of each dataset, and of all together if there are several; ``failures``: dataset by unscored path."""
+    datasets = np.array(scored.dataset)
+    report = {}
+    for name in sorted(set(scored.dataset) | set(failures.values())):
+        rows = np.flatnonzero(datasets == name)
+        report[name] = measure(_take(scored, rows), calibration, threshold) if len(rows) else {"real": 0, "fake": 0}
+        report[name]["not_scored"] = sum(d == name for d in failures.values())
+    if len(report) > 1:
+        report["all datasets pooled"] = measure(scored, calibration, threshold) | {"not_scored": len(failures)}
+    return report
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None  # JSON has no NaN
+
+
+def _take(scored: Scored, rows: I64) -> Scored:
+    def pick(values: list[Any]) -> list[Any]:
+        return [values[r] for r in rows]
+
+    return Scored(
+        pick(scored.video),
+        scored.label[rows],
+        pick(scored.source_id),
+        pick(scored.original),
+        pick(scored.dataset),
+        scored.logit[rows],
+        scored.sharpness[rows],
+    )
+
+
+# -- drawings ----------------------------------------------------------------------------------------------------------
+
+
+def draw_roc(scored: Scored, file: Path) -> None:
+    """ROC of each dataset that has both classes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in sorted(set(scored.dataset)):
+        part = _take(scored, np.flatnonzero(np.array(scored.dataset) == name))
+        if len(set(part.label)) == 2:
+            area = metrics.auc(part.label, part.logit)
+            axes.plot(*metrics.roc(part.label, part.logit), label=f"{name}: AUC {area:.3f}, {len(part)} videos")
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
+    axes.set(xlabel="reals taken for fakes", ylabel="fakes found", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend(loc="lower right", fontsize="small") if axes.get_legend_handles_labels()[0] else None
+    figure.savefig(file, dpi=120)
+
+
+def draw_reliability(scored: Scored, calibration: Calibration, file: Path) -> None:
+    """How often videos of a score are fake, by groups of equal size, before and after calibration."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, how in (("uncalibrated", Calibration()), ("calibrated", calibration)):
+        p = calibrate(scored.logit, how)
+        error = metrics.calibration_error(scored.label, p)
+        axes.plot(*metrics.reliability(scored.label, p)[:2], marker="o", label=f"{name}: ECE {error:.3f}")
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
+    axes.set(xlabel="mean p_fake of the group", ylabel="share of fakes in it", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend(loc="upper left", fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    checkpoints: Sequence[Path],
+    faces: Path,
+    out: Path,
+    *,
+    split: str = "test",
+    threshold: float = THRESHOLD,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """What the command does; returns the content of evaluation.json."""
+    table = FaceTable.load(faces)
+    trained = [load_trained(path, device) for path in checkpoints]
+    bundle = make_bundle(trained, [t.spec for t in trained])
+
+    def score(name: str) -> Scored:
+        found = {t.name: predict(t.network, make_evaluation_batches(table, t, name, device).epoch(0)) for t in trained}
+        return score_videos(table.split(name).faces, found, bundle)
+
+    validation = score("val")
+    fitted_on = (
+        f"validation split: {int((validation.label == 0).sum())} real, {int(validation.label.sum())} fake videos"
+    )
+    calibration = fit_calibration(validation.logit, validation.label, fitted_on)
+    scored = validation if split == "val" else score(split)
+    part = table.split(split)
+    failed = part[np.array([f is not None for f in part.failure], bool)]
+    report = {
+        "checkpoints": {t.name: t.sha256 for t in trained},
+        "split": split,
+        "calibration": {k: getattr(calibration, k) for k in ("temperature", "bias", "fitted_on")},
+        "calibrated_on_the_same_videos": split == "val",
+        "by_dataset": measure_by_dataset(
+            scored, calibration, dict(zip(failed.path, failed.dataset, strict=True)), threshold
+        ),
+        "not_scored": part.failures,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "label", "source_id", "dataset", "logit", "p_fake"])
+        p_fake = calibrate(scored.logit, calibration)
+        for row in zip(scored.video, scored.label, scored.source_id, scored.dataset, scored.logit, p_fake, strict=True):
+            writer.writerow([row[0], int(row[1]), row[2], row[3], f"{row[4]:.6f}", f"{row[5]:.6f}"])
+    draw_roc(scored, out / "roc.png")
+    draw_reliability(scored, calibration, out / "reliability.png")
+    return report
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    datasets = report["by_dataset"]
+    table = Table("", *datasets, title=f"split {report['split']}, with 95 % intervals over sources")
+    for name in ("real", "fake", "not_scored"):
+        table.add_row(name.replace("_", " "), *(str(row[name]) for row in datasets.values()))
+    for name in ("log_loss", "auc", "eer", "accuracy", "calibration_error", "sharpness_auc", "pair_accuracy"):
+        cells = []
+        for row in datasets.values():
+            value, between = row.get(name), row.get(f"{name}_95")
+            text = "-" if value is None else f"{value:.3f}"
+            cells.append(text if between is None else f"{text} ({between[0]:.3f} to {between[1]:.3f})")
+        table.add_row(name.replace("_", " "), *cells)
+    console = Console()
+    console.print(table)
+    fitted = report["calibration"]
+    console.print(f"temperature {fitted['temperature']:.3f}, bias {fitted['bias']:+.3f}: {fitted['fitted_on']}")
+    if report["calibrated_on_the_same_videos"]:
+        console.print("log loss, accuracy and calibration error are of the very videos the calibration was fitted on")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="best.safetensors of one or more runs")
+    parser.add_argument("--faces", type=Path, required=True, help="what training.faces wrote")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--split", default="test", choices=["val", "test"])
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="of accuracy, on the calibrated p_fake")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    try:
+        report = evaluate(
+            args.checkpoints, args.faces, args.out, split=args.split, threshold=args.threshold, device=args.device
+        )
+    except DfengineError as error:
+        sys.exit(f"error: {error}")
+    print_report(report)
 
 
 if __name__ == "__main__":

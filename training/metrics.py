@@ -1,38 +1,108 @@
-"""Numbers about scores: AUC, and its interval over people."""
+"""Numbers about scores. Label 1 is fake; ``p_fake`` is a probability; higher scores are more fake."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dfengine.types import F64
 
+Floats = NDArray[np.floating]
 
-def auc(labels: NDArray[np.floating], scores: NDArray[np.floating]) -> float:
-    """Share of (fake, real) pairs in which the fake has the higher score; equal scores count half."""
+
+def auc(labels: Floats, scores: Floats) -> float:
+    """Share of (fake, real) pairs in which the fake has the higher score, equal ones half; NaN for a single class."""
     real, fake = np.sort(scores[labels == 0]), scores[labels == 1]
+    if len(real) == 0 or len(fake) == 0:
+        return float("nan")
     below = np.searchsorted(real, fake, side="left") + np.searchsorted(real, fake, side="right")
     return float(below.sum() / (2 * len(real) * len(fake)))
 
 
-def bootstrap_auc(
-    labels: NDArray[np.floating], scores: list[NDArray[np.floating]], identity: NDArray[np.str_], *, rounds: int = 1000
-) -> F64:
-    """AUCs of several scores on the same resampled people, (rounds, len(scores)).
+def log_loss(labels: Floats, p_fake: Floats) -> float:
+    """Mean negative log-likelihood, natural logarithm. Probabilities are kept 1e-7 from 0 and 1, as dfengine's are."""
+    p = np.clip(np.asarray(p_fake, np.float64), 1e-7, 1 - 1e-7)
+    return float(-np.mean(np.where(labels == 1, np.log(p), np.log1p(-p))))
 
-    People are drawn, not images: images of one person are not independent.
+
+def accuracy(labels: Floats, p_fake: Floats, threshold: float = 0.5) -> float:
+    """Share of videos on the right side; a score equal to the threshold counts as fake."""
+    return float(np.mean((p_fake >= threshold) == (labels == 1)))
+
+
+def roc(labels: Floats, scores: Floats) -> tuple[F64, F64]:
+    """(false positive rate, true positive rate) at every distinct threshold, from (0, 0) to (1, 1)."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
+    fake = labels[order] == 1
+    tpr, fpr = np.cumsum(fake)[ends] / fake.sum(), np.cumsum(~fake)[ends] / (~fake).sum()
+    return np.append(0.0, fpr), np.append(0.0, tpr)
+
+
+def eer(labels: Floats, scores: Floats) -> float:
+    """The error rate where as many reals are taken for fakes as fakes for reals, on the ROC's straight lines."""
+    if len(np.unique(labels)) < 2:
+        return float("nan")
+    fpr, tpr = roc(labels, scores)
+    gap = fpr - (1 - tpr)  # rises from -1 to 1
+    after = int(np.argmax(gap >= 0))
+    before = after - 1
+    share = -gap[before] / (gap[after] - gap[before])
+    return float(fpr[before] + share * (fpr[after] - fpr[before]))
+
+
+def reliability(labels: Floats, p_fake: Floats, bins: int = 10) -> tuple[F64, F64, NDArray[np.int64]]:
+    """(mean p_fake, share of fakes, count) in groups of about equal size, ordered by p_fake."""
+    groups = [g for g in np.array_split(np.argsort(p_fake, kind="stable"), bins) if len(g)]
+    return (
+        np.array([p_fake[g].mean() for g in groups], np.float64),
+        np.array([(labels[g] == 1).mean() for g in groups], np.float64),
+        np.array([len(g) for g in groups], np.int64),
+    )
+
+
+def calibration_error(labels: Floats, p_fake: Floats, bins: int = 10) -> float:
+    """ECE: mean distance of probability and frequency over groups of equal size."""
+    p, share, count = reliability(labels, p_fake, bins)
+    return float((count * abs(p - share)).sum() / count.sum())
+
+
+def pair_accuracy(scores: Floats, video: Sequence[str], original: Sequence[str | None]) -> tuple[float, int]:
+    """(share of fakes that score higher than the video they were made from, how many such pairs there are).
+
+    ``original``: of each video what it was made from, None if it is real or nobody knows. Equal scores count half.
+    """
+    row = {name: i for i, name in enumerate(video)}
+    pairs = [(scores[i], scores[row[o]]) for i, o in enumerate(original) if o is not None and o in row]
+    right = [(fake > real) + 0.5 * (fake == real) for fake, real in pairs]
+    return (float(np.mean(right)) if pairs else float("nan")), len(pairs)
+
+
+def bootstrap(
+    measure: Callable[[NDArray[np.int64]], ArrayLike], source_id: Sequence[str], *, rounds: int = 1000
+) -> F64:
+    """``measure(rows)`` on resampled sources, (rounds, ...).
+
+    Sources are drawn, not videos: a fake and its original, or two videos of one person, are not independent.
     """
     rng = np.random.default_rng(0)
-    _, person = np.unique(identity, return_inverse=True)
+    _, person = np.unique(np.asarray(source_id), return_inverse=True)
     rows_of = [np.flatnonzero(person == p) for p in range(person.max() + 1)]
-    values = []
-    for _ in range(rounds):
-        drawn = np.concatenate([rows_of[p] for p in rng.integers(len(rows_of), size=len(rows_of))])
-        values.append([auc(labels[drawn], s[drawn]) for s in scores])
-    return np.array(values)
+    return np.array(
+        [
+            measure(np.concatenate([rows_of[p] for p in rng.integers(len(rows_of), size=len(rows_of))]))
+            for _ in range(rounds)
+        ],
+        np.float64,
+    )
 
 
-def interval(values: F64) -> tuple[float, float]:
-    """The middle 95 %."""
+def interval(values: F64) -> tuple[float, float] | None:
+    """The middle 95 % of the rounds that gave a number; None if fewer than half did."""
+    values = values[np.isfinite(values)] if np.isfinite(values).mean() > 0.5 else values[:0]
+    if len(values) == 0:
+        return None
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from itertools import chain
-from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -18,6 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from dfengine.errors import DecodeError, InputError, NotAVideo, UnsupportedVideo
+from dfengine.media import open_media
 from dfengine.sampling import MAX_SNAP_FRAMES, Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
 from dfengine.types import F64, Bool, Frames, Image, PathLikeStr
 
@@ -54,9 +53,6 @@ _MATRICES = {
     9: "bt2020",
     10: "bt2020",
 }
-# Containers that FFmpeg may look for in a file: all but those that name other files or addresses to read from.
-_REFERRING = {"concat", "dash", "hls", "imf", "lavfi", "rtsp", "sap", "sdp", "vobsub", "webm_dash_manifest"}
-_FORMATS = ",".join(sorted(av.formats_available - _REFERRING))
 _LIMITED, _FULL = 1, 2  # AVColorRange
 _ENCRYPTED = "the video is encrypted; score a decrypted copy"
 _ENCRYPTED_TAGS = ("encv", "drmi")  # sample entries of ISO 23001-7 and of FairPlay
@@ -77,7 +73,7 @@ class CpuVideo:
         self.frames_decoded = 0
         self._threads = threads
         self._damaged = 0
-        self._file: BinaryIO | None = None
+        self._opened = ExitStack()
         self._container, self._stream = self._open()
         try:
             self._check_stream()
@@ -93,32 +89,20 @@ class CpuVideo:
 
     def close(self) -> None:
         """Releases the file and the decoder. Frames that were handed out stay valid."""
-        self._container.close()
-        if self._file is not None:
-            self._file.close()
+        self._opened.close()
 
     # -- opening -------------------------------------------------------------------------------------------------
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
-        name = os.fspath(self.path)
-        source: Any = f"file:{name}"  # a bare name with a colon in it is an address to FFmpeg
         with ExitStack() as undo:
             try:
-                os.fsencode(name).decode("utf-8")
-            except UnicodeDecodeError:  # PyAV takes names in UTF-8 only
-                source = self._file = undo.enter_context(open(name, "rb"))
-            try:
-                # Only local files: a container must not make the engine fetch something.
-                # Titles that are not UTF-8 are no reason to fail.
-                options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-                container = av.open(source, options=options, metadata_errors="replace")
+                container = undo.enter_context(open_media(self.path))
             except av.FFmpegError as error:
                 raise NotAVideo(
                     f"no video container was recognised ({_text(error)}); dfengine reads what FFmpeg reads",
                     path=self.path,
                     stage="open",
                 ) from None
-            undo.callback(container.close)
             form = container.format.name
             if form in ("image2", "ico", "tty") or form.endswith("_pipe"):
                 raise NotAVideo(
@@ -128,12 +112,12 @@ class CpuVideo:
                 )
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
-                kinds = sorted({s.type for s in container.streams}) or ["headers"]
+                kinds = sorted({str(s.type) for s in container.streams}) or ["headers"]
                 cover = " and a cover picture" if container.streams.video else ""
                 raise NotAVideo(
                     f"there is no video stream, only {', '.join(kinds)}{cover}", path=self.path, stage="open"
                 )
-            undo.pop_all()
+            self._opened = undo.pop_all()
         return container, streams[0]
 
     def _check_stream(self) -> None:

@@ -20,8 +20,11 @@ class Session(Protocol):
 
     name: str
 
-    def run(self, batch: NDArray[Any]) -> list[NDArray[np.float32]]:
-        """Runs a (B, ...) float32 batch; each output has B rows. B may be 0. Raises InferenceError."""
+    def run(self, *inputs: NDArray[Any]) -> list[NDArray[np.float32]]:
+        """Runs a batch: the network's inputs in order, each (B, ...) float32; each output has B rows. B may be 0.
+
+        Raises InferenceError.
+        """
 
 
 def resolve_device(device: str) -> str:

@@ -54,31 +54,32 @@ class OpenVinoSession:
         for _ in range(self._streams):
             self._idle.put(self._model.create_infer_request())
 
-    def run(self, batch: NDArray[Any]) -> list[NDArray[np.float32]]:
+    def run(self, *inputs: NDArray[Any]) -> list[NDArray[np.float32]]:
         """See Session.run."""
-        if len(batch) == 0:
+        count = len(inputs[0])
+        if count == 0:
             shapes = [
                 [d.get_length() if d.is_static else 0 for d in o.get_partial_shape()] for o in self._model.outputs
             ]
             return [np.zeros([0, *shape[1:]], np.float32) for shape in shapes]
-        parts = np.array_split(batch, min(self._streams, len(batch))) if len(batch) > 1 else [batch]
         # One request at least; more only if idle, so that callers never wait for each other in a circle.
         requests = [self._idle.get()]
-        while len(requests) < len(parts):
+        while len(requests) < min(self._streams, count):
             try:
                 requests.append(self._idle.get_nowait())
             except queue.Empty:
-                parts = np.array_split(batch, len(requests))
                 break
+        cuts = [np.array_split(x, len(requests)) if len(requests) > 1 else [x] for x in inputs]
         try:
-            for request, part in zip(requests, parts, strict=True):
-                request.start_async([np.ascontiguousarray(part, np.float32)], share_inputs=False)
+            for request, part in zip(requests, zip(*cuts, strict=True), strict=True):
+                request.start_async([np.ascontiguousarray(x, np.float32) for x in part], share_inputs=False)
             for request in requests:
                 request.wait()
             results = [[np.array(t.data) for t in request.output_tensors] for request in requests]
         except RuntimeError as error:
+            got = ", ".join(str(x.shape) for x in inputs)
             raise InferenceError(
-                f"network {self.name} failed on a batch of shape {batch.shape} ({_first_line(error)})",
+                f"network {self.name} failed on a batch of shape {got} ({_first_line(error)})",
                 stage="runtime",
             ) from None
         finally:

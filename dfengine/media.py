@@ -1,0 +1,35 @@
+"""Opening a media file with FFmpeg, for its pictures and for its sound: local files only, whatever they refer to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import av
+from av.container import InputContainer
+
+from dfengine.types import PathLikeStr
+
+# Containers that FFmpeg may look for in a file: all but those that name other files or addresses to read from.
+_REFERRING = {"concat", "dash", "hls", "imf", "lavfi", "rtsp", "sap", "sdp", "vobsub", "webm_dash_manifest"}
+_FORMATS = ",".join(sorted(av.formats_available - _REFERRING))
+
+
+@contextmanager
+def open_media(path: PathLikeStr) -> Iterator[InputContainer]:
+    """The open container. Raises av.FFmpegError if it is none, OSError if it cannot be read."""
+    name = os.fspath(path)
+    source: Any = f"file:{name}"  # a bare name with a colon in it is an address to FFmpeg
+    with ExitStack() as undo:
+        try:
+            os.fsencode(name).decode("utf-8")
+        except UnicodeDecodeError:  # PyAV takes names in UTF-8 only
+            source = undo.enter_context(open(name, "rb"))
+        # Only local files: a container must not make the engine fetch something.
+        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+        # Titles that are not UTF-8 are no reason to fail.
+        container = av.open(source, options=options, metadata_errors="replace")
+        undo.callback(container.close)
+        yield container

@@ -1,0 +1,304 @@
+"""Evaluation by video, calibration, and the bundle that comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")  # the `train` extra
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from assets import FACE, write_clip
+from training_assets import write_faces
+
+from dfengine import Engine
+from dfengine.aggregate import judge, sigmoid
+from dfengine.bundle import Aggregation, Bundle, Calibration
+from training import evaluate, export, train
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.errors import CheckpointError, ExportError, TrainingError
+from training.table import FaceTable
+
+RECIPE = """
+[data]
+workers = 0
+[model]
+input_hw = [32, 32]
+[train]
+epochs = 4
+batch = 8
+lr = 2e-3
+[bundle]
+sampling = "uniform:5"
+sampling_mode = "exact"
+aggregation = { frames = "mean", members = "geometric_mean" }
+[members.a]
+[members.b]
+model.margin_ratio = 0.0
+model.weight = 2.0
+train.seed = 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two datasets, and a video of the test split in which nobody was found."""
+    folder = write_faces(tmp_path_factory.mktemp("faces"), sources={"train": 16, "val": 8, "test": 10})
+    table = pq.read_table(folder / "faces.parquet")
+    rows = table.to_pylist()
+    for row in rows:
+        row["dataset"] = "even" if int(row["path"].split("_")[0][-3:]) % 2 == 0 else "odd"
+    failed = dict.fromkeys(rows[0]) | {
+        "path": "lost.mp4", "label": 1, "source_id": "lost", "dataset": "odd", "split": "test",
+        "failure": "no face was found",
+    }  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([*rows, failed], table.schema), folder / "faces.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "two.toml").write_text(RECIPE)
+    train.main([str(folder / "two.toml"), "--faces", str(faces), "--out", str(folder / "run")])
+    return [folder / "run" / name / train.BEST for name in ("a", "b")]
+
+
+@pytest.fixture(scope="module")
+def report(checkpoints: list[Path], faces: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("evaluation")
+    return evaluate.evaluate(checkpoints, faces, out), out
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(FACE, tmp_path_factory.mktemp("video"))
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_dataset_has_its_numbers(report: tuple[dict, Path]) -> None:
+    datasets = report[0]["by_dataset"]
+    assert list(datasets) == ["even", "odd", "all datasets pooled"]
+    assert [d["real"] for d in datasets.values()] == [5, 5, 10]
+    assert [d["fake"] for d in datasets.values()] == [5, 5, 10]
+    assert [d["not_scored"] for d in datasets.values()] == [0, 1, 1]
+    assert report[0]["not_scored"] == {"lost.mp4": "no face was found"}
+    for row in datasets.values():
+        for name in ("log_loss", "auc", "eer", "accuracy", "calibration_error", "sharpness_auc"):
+            low, high = row[f"{name}_95"]
+            assert low <= row[name] <= high or name == "calibration_error", name
+        assert row["threshold"] == 0.5
+        assert row["pairs"] == row["fake"], "each fake knows its original"
+
+
+def test_the_files(report: tuple[dict, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    found, out = report
+    assert {p.name for p in out.iterdir()} == {"evaluation.json", "predictions.csv", "roc.png", "reliability.png"}
+    assert json.loads((out / "evaluation.json").read_text())["by_dataset"].keys() == found["by_dataset"].keys()
+    assert len((out / "predictions.csv").read_text().splitlines()) == 1 + 20
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("roc.png", "reliability.png"))
+    evaluate.print_report(found)
+    assert "log loss" in capsys.readouterr().out
+
+
+def predictions(table: FaceTable, trained: evaluate.Trained, split: str) -> evaluate.Predictions:
+    return evaluate.predict(trained.network, evaluate.make_evaluation_batches(table, trained, split).epoch(0))
+
+
+def test_videos_are_judged_as_the_engine_judges(checkpoints: list[Path], faces: Path) -> None:
+    table = FaceTable.load(faces)
+    trained = [evaluate.load_trained(path) for path in checkpoints]
+    found = {t.name: predictions(table, t, "test") for t in trained}
+    bundle = evaluate.make_bundle(trained, [t.spec for t in trained])
+    assert bundle.aggregation == Aggregation(frames="mean", members="geometric_mean")
+    scored = evaluate.score_videos(table.split("test").faces, found, bundle)
+    name = scored.video[0]
+    rows = sorted(found["a"][name][1])
+    assert len(rows) == 3
+    by_frame = {m: sigmoid(np.array([found[m][name][1][r][1] for r in rows])).mean() for m in ("a", "b")}
+    log_p = (np.log(by_frame["a"]) + 2 * np.log(by_frame["b"])) / 3
+    assert sigmoid(scored.logit[0]) == pytest.approx(np.exp(log_p), abs=1e-6)
+    tracks = evaluate.make_tracks(table.split("test").faces, np.array(rows))
+    verdict = judge(tracks, {m: np.array([found[m][name][1][r][1] for r in rows]) for m in ("a", "b")}, bundle)
+    assert verdict.logit == scored.logit[0]
+
+
+def test_networks_that_see_different_fakes_are_not_blended(checkpoints: list[Path], faces: Path) -> None:
+    table = FaceTable.load(faces)
+    trained = [evaluate.load_trained(path) for path in checkpoints]
+    found = {
+        t.name: evaluate.predict(t.network, evaluate.make_evaluation_batches(table, t, "val").epoch(0)) for t in trained
+    }
+    found["b"] = dict(list(found["b"].items())[:-1])
+    bundle = evaluate.make_bundle(trained, [t.spec for t in trained])
+    with pytest.raises(TrainingError, match=r"these networks have different fakes\.ratio"):
+        evaluate.score_videos(table.split("val").faces, found, bundle)
+
+
+def test_the_threshold_is_stated_and_used() -> None:
+    scored = make_scored([0.0, 1.0, 1.0, 0.0], [-2.0, 0.2, 2.0, -0.5])
+    for threshold, accuracy in ((0.5, 1.0), (0.6, 0.75), (0.1, 0.5)):
+        measured = evaluate.measure(scored, Calibration(), threshold)
+        assert (measured["threshold"], measured["accuracy"]) == (threshold, accuracy)
+
+
+def test_one_class_is_no_auc() -> None:
+    measured = evaluate.measure(make_scored([0.0, 0.0], [-1.0, 1.0]), Calibration())
+    assert (measured["auc"], measured["auc_95"], measured["eer"], measured["pair_accuracy"]) == (None, None, None, None)
+    assert measured["log_loss"] > 0
+    json.dumps(measured, allow_nan=False)
+
+
+def make_scored(labels: list[float], logits: list[float]) -> evaluate.Scored:
+    n = len(labels)
+    names = [f"v{i}" for i in range(n)]
+    return evaluate.Scored(names, np.array(labels), names, [None] * n, ["d"] * n, np.array(logits), np.arange(float(n)))
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_recovers_temperature_and_bias(rng: np.random.Generator) -> None:
+    logits = rng.normal(0, 4, 20_000)
+    labels = (rng.random(len(logits)) < sigmoid(logits / 2.5 + 0.4)).astype(float)
+    fitted = evaluate.fit_calibration(logits, labels)
+    assert fitted.temperature == pytest.approx(2.5, rel=0.05)
+    assert fitted.bias == pytest.approx(0.4, abs=0.05)
+
+
+def test_calibration_stays_finite_where_the_classes_do_not_overlap() -> None:
+    fitted = evaluate.fit_calibration(np.array([-200.0, -150.0, 90.0, 300.0]), np.array([0.0, 0.0, 1.0, 1.0]))
+    p = evaluate.calibrate(np.array([-200.0, 300.0]), fitted)
+    assert 0.05 < p[0] < 0.35  # (1 / (n + 2)) is .25 for two
+    assert 0.65 < p[1] < 0.95
+
+
+def test_calibration_refuses_logits_that_point_the_wrong_way(rng: np.random.Generator) -> None:
+    labels = np.repeat([0.0, 1.0], 50)
+    with pytest.raises(TrainingError, match="do not rise with the label"):
+        evaluate.fit_calibration(rng.normal(0, 1, 100) - labels, labels)
+    with pytest.raises(TrainingError, match=r"calibration needs both classes, there are 3 real and 0 fake videos"):
+        evaluate.fit_calibration(np.zeros(3), np.zeros(3))
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    checkpoints: list[Path],
+    faces: Path,
+    report: tuple[dict, Path],
+    video: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("export") / "bundle"
+    return export.export(checkpoints, out, faces=faces, videos=[video], evaluation=report[1] / "evaluation.json")
+
+
+def test_a_bundle_of_two(bundle: Bundle, report: tuple[dict, Path], video: Path) -> None:
+    assert [m.name for m in bundle.members] == ["a", "b"]
+    assert [m.weight for m in bundle.members] == [1.0, 2.0]
+    assert [m.margin_ratio for m in bundle.members] == [0.2, 0.0]
+    assert (bundle.sampling, bundle.sampling_mode, bundle.experimental) == ("uniform:5", "exact", True)
+    assert bundle.calibration.temperature == report[0]["calibration"]["temperature"]
+    assert bundle.calibration.fitted_on == "validation split: 8 real, 8 fake videos"
+    assert {p.name for p in bundle.folder.iterdir()} == {"bundle.json", "a.onnx", "b.onnx"}
+    assert [p.name for p in bundle.folder.parent.iterdir()] == ["bundle"], "nothing else is left behind"
+    assert bundle.provenance["members"]["a"]["data"]["odd"] == {"real": 8, "fake": 8}
+    assert bundle.provenance["held_out"]["split"] == "test"
+    with Engine(bundle) as engine:
+        score = engine.score(video)
+    assert score.status == "ok"
+    assert set(score.members) == {"a", "b"}
+
+
+def test_the_engine_and_the_training_pipeline_agree(
+    bundle: Bundle, checkpoints: list[Path], faces: Path, video: Path, tmp_path: Path
+) -> None:
+    trained = [evaluate.load_trained(path) for path in checkpoints]
+    assert export.check_engine(trained, bundle, [video], tmp_path) <= 1e-3
+    assert export.check_logits(trained[0], bundle, FaceTable.load(faces)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change", [{"margin_ratio": 0.5}, {"mean": (0.4, 0.5, 0.5)}, {"resize": "bilinear"}], ids=lambda c: next(iter(c))
+)
+def test_skew_is_refused(
+    bundle: Bundle, checkpoints: list[Path], video: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """A bundle whose preprocessing is not what the networks were trained with."""
+    trained = [evaluate.load_trained(path) for path in checkpoints]
+    members = tuple(dataclasses.replace(m, **change) for m in bundle.members)
+    # The crops move the logit by little in a network this small; what is learned is made louder.
+    for t in trained:
+        t.network.head[0].weight.mul_(50)
+    with pytest.raises(ExportError, match=r"the engine gives p_fake .*, the training pipeline on the same frames"):
+        export.check_engine(trained, dataclasses.replace(bundle, members=members), [video], tmp_path)
+
+
+def test_a_graph_that_disagrees_is_refused(checkpoints: list[Path], faces: Path, bundle: Bundle) -> None:
+    trained = evaluate.load_trained(checkpoints[0])
+    trained.network.head[0].bias += 0.01
+    with pytest.raises(
+        ExportError, match=r"member 'a': OpenVINO and torch differ by 0\.01 in a logit, allowed is 0\.001"
+    ):
+        export.check_logits(trained, bundle, FaceTable.load(faces))
+
+
+def test_what_cannot_be_exported_leaves_nothing(
+    checkpoints: list[Path], faces: Path, report: tuple[dict, Path], video: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    evaluation = report[1] / "evaluation.json"
+    with pytest.raises(ExportError, match=r"evaluation\.json: the evaluation is of other checkpoints \(a, b\)"):
+        export.export(checkpoints[:1], out, faces=faces, videos=[video], evaluation=evaluation)
+    with pytest.raises(
+        ExportError, match=r"the engine is checked on a video, and these faces are of photos or of videos"
+    ):
+        export.export(checkpoints, out, faces=faces)
+    with pytest.raises(
+        ExportError, match=r"gone\.mp4: the engine has no score to compare \(.*\); give a video with a face"
+    ):
+        export.export(checkpoints, out, faces=faces, videos=[tmp_path / "gone.mp4"])
+    with pytest.raises(CheckpointError, match=r"two checkpoints are of one name, got \['a', 'a'\]"):
+        export.export([checkpoints[0]] * 2, out, faces=faces, videos=[video])
+    with pytest.raises(CheckpointError, match=r"checkpoint of kind 'last'; give a run's best\.safetensors"):
+        export.export([checkpoints[0].with_name(train.LAST)], out, faces=faces, videos=[video])
+    (tmp_path / "photo").mkdir()
+    with pytest.raises(ExportError, match=r"photo: there is something that is no bundle; give another folder"):
+        export.export(checkpoints, tmp_path / "photo", faces=faces, videos=[video])
+    assert [p.name for p in tmp_path.iterdir()] == ["photo"]
+
+
+def test_members_of_different_bundles(checkpoints: list[Path], tmp_path: Path) -> None:
+    tensors, state = load_checkpoint(checkpoints[1])
+    state["recipe"]["bundle"]["sampling"] = "uniform:9"
+    save_checkpoint(tmp_path / "other.safetensors", tensors, state)
+    trained = [evaluate.load_trained(p) for p in (checkpoints[0], tmp_path / "other.safetensors")]
+    with pytest.raises(CheckpointError, match=r"the checkpoints 'a' and 'b' have different \[bundle\] tables"):
+        evaluate.make_bundle(trained, [t.spec for t in trained])
+
+
+def test_no_evaluation(tmp_path: Path, checkpoints: list[Path]) -> None:
+    trained = [evaluate.load_trained(p) for p in checkpoints]
+    (tmp_path / "e.json").write_text("{}")
+    with pytest.raises(ExportError, match=r"e\.json: this is no evaluation of training\.evaluate"):
+        export.read_evaluation(tmp_path / "e.json", trained)
+    assert export.read_evaluation(None, trained) == (Calibration(), {})

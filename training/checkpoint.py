@@ -1,0 +1,76 @@
+"""Checkpoints: one .safetensors file, with JSON in its header. Never a pickle, so reading one executes nothing.
+
+A file is written beside its place, flushed to the disk and then moved there: whatever happens, the name holds either
+the former checkpoint or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from .errors import CheckpointError
+
+KEY = "dfengine"  # the entry of the header that holds our JSON
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Raises CheckpointError, and leaves the former file, if the disk is full or the folder gone."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        former = "the former one is kept" if path.exists() else "there is no former one"
+        raise CheckpointError(
+            f"could not be written ({error.strerror}, {len(data) / 1e6:.1f} MB); {former}; make room and "
+            "go on with --resume",
+            path=path,
+        ) from None
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the move itself
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    whole = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    write_atomically(path, safetensors.torch.save(whole, {KEY: json.dumps(state)}))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, state) as they were saved. Raises CheckpointError."""
+    tensors, metadata = read_tensors(path)
+    try:
+        state = json.loads(metadata[KEY])
+    except (KeyError, ValueError):
+        raise CheckpointError(
+            "these are tensors without the state of a run; give a checkpoint that training.train has written", path=path
+        ) from None
+    return tensors, state
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a .safetensors file. Raises CheckpointError for anything else."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise CheckpointError("there is no such file", path=path) from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"this is no safetensors file ({str(error).splitlines()[0]}); pickled weights (.pt, .pth, .bin) are not "
+            "read because loading them runs code: convert them",
+            path=path,
+        ) from None

@@ -1,0 +1,468 @@
+"""Batches from a table of faces.
+
+``Batches`` turns one split of what training.faces wrote into network input: which faces an epoch has, their
+augmentation and the fakes made from them, and at the end the crop that dfengine.crop cuts, as the engine would. Every
+number that chance decides comes from (seed, epoch, position in the epoch) alone: several processes that share the work
+see what one would have seen, and a run that goes on at any batch sees what it would have seen.
+
+``python -m training.data FACES --out sheet.png`` draws some pseudo-fakes of the training split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as PilImage
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfengine.backbone import clip_rows
+from dfengine.bundle import ModelSpec
+from dfengine.crop import crop_boxes, crop_faces
+from dfengine.errors import DfengineError, OptionError
+from dfengine.types import F32, I64, Image
+
+from .augment import AugmentSettings, Draws, augment_pixels, jitter_boxes, mix
+from .fakes import FakeSettings, Pairs, crop_masks, make_pairs
+from .table import DataError, FaceTable
+
+__all__ = ["Batch", "Batches", "DataError", "DataSettings", "FaceTable"]
+
+# Pixels of network input, along a side, that share a cell of Batch.mask: the stride of common backbones' features.
+MASK_STRIDE = 16
+
+# Pseudo-fakes are made where a face has this much more pixels than in the network's input, with this much more margin
+# around it: room to be turned, shifted and cropped with jitter.
+CANVAS_ZOOM, CANVAS_ROOM = 1.25, 0.4
+
+# So that a set of photos is read once and not in every epoch: 1,500 faces for an input of 144 px.
+CACHE_BYTES = 256 << 20
+
+# A swap's donor is the one of so many faces drawn whose landmarks lie most alike (after Face X-ray, Li et al. 2020,
+# arXiv:1912.13458, which takes the nearest of all).
+DONOR_CANDIDATES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which faces an epoch has."""
+
+    # More fakes than reals: "undersample" takes as many of the larger class as there are of the smaller, anew each
+    # epoch; "weights" takes all and weights each class by the inverse of its share (mean 1); "none" takes all.
+    balance: Literal["undersample", "weights", "none"] = "undersample"
+    per_video: int = 1  # random faces (or clips) of each video in an epoch of training; 0: all
+    workers: int = 1  # threads that prepare batches ahead; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("per_video", "workers"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"data.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B samples, normalised as the ModelSpec says. T is 1 for single faces."""
+
+    x: Tensor  # (B, 3, H, W) float32, or (B, T, 3, H, W) for clips
+    audio: Tensor | None  # (B, bands, frames) log-mel
+    y: Tensor  # (B,) float32 in [0, 1]; 1 is fake
+    weight: Tensor  # (B,) float32
+    # (B, 1, h, w): the share of each cell of 16 px that was blended in. None without pseudo-fakes; NaN for fakes that
+    # came as such, of which nobody knows.
+    mask: Tensor | None
+    video: list[str]  # path; that of a pseudo-fake is its real one's + "#fake"
+    source_id: list[str]
+    rows: I64  # (B, T), of Batches.faces
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """What one place in an epoch holds: T rows of one track, perhaps to be made a fake of."""
+
+    rows: I64  # (T,)
+    key: tuple[int, ...]  # of its chance; the real and the fake of a pair have the same
+    is_fake: bool = False  # to be made a fake of
+    in_pair: bool = False
+
+
+class Batches:
+    """The batches of one split. See DataSettings for what an epoch has.
+
+    With ``fakes.ratio`` above 0 an epoch of training is made of pairs: each batch is B / 2 reals and then, in the same
+    order, their partners: with chance ``ratio`` a pseudo-fake of the very sample, else a fake of the split. Batches of
+    training are full: what is left at the end of an epoch is dropped, and drawn anew in the next.
+
+    ``split`` "train" is trained on; any other, or ``training=False``, is evaluated: every face (or clip) in the order
+    of the table, once, nothing augmented, also if the last batch is short. If the split holds no fake and
+    ``fakes.ratio`` is above 0, each face is followed by its pseudo-fake; they depend on ``seed`` alone.
+
+    Process ``rank`` of ``world`` gets rows rank, rank + world, ... of every batch (where that leaves any).
+
+    ``audio``: path of a video -> log-mel (bands, frames), float32. ``batch`` counts the rows of all processes. Clips
+    are made where ``spec.kind`` is "clip" or "audio": in training with a random start, else as the engine makes them.
+    """
+
+    def __init__(
+        self,
+        table: FaceTable,
+        spec: ModelSpec,
+        data: DataSettings,
+        augment: AugmentSettings,
+        fakes: FakeSettings,
+        *,
+        split: str,
+        seed: int,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        audio: Callable[[Path], F32] | None = None,
+        training: bool | None = None,
+    ) -> None:
+        self.training = split == "train" if training is None else training
+        self.faces = table.split(split).faces
+        self.spec, self.data, self.fakes = spec, data, fakes
+        self.augment = augment if self.training else AugmentSettings()
+        self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
+        self.device = torch.device(device)
+        self.audio = audio
+        self._is_clip = spec.kind in ("clip", "audio")
+        self._videos = self.faces.rows_by_video()
+        self._labels = {path: int(self.faces.label[rows[0]]) for path, rows in self._videos.items()}
+        self._real = [p for p, label in self._labels.items() if label == 0]
+        self._fake = [p for p, label in self._labels.items() if label == 1]
+        self._makes_fakes = fakes.ratio > 0 and (self.training or not self._fake)
+        self._landmarks = _fill_landmarks(self.faces)
+        self._donors = np.flatnonzero(self.faces.label == 0)
+        self._canvas = _canvas_spec(spec)
+        self._cached_canvas = functools.lru_cache(CACHE_BYTES // (3 * self._canvas.input_hw[0] ** 2))(self._cut_canvas)
+        self._mask_hw = (-(-spec.input_hw[0] // MASK_STRIDE), -(-spec.input_hw[1] // MASK_STRIDE))
+        self._where = f"split {split!r} of {table.folder}"
+        self._check()
+        self._length = self._count_batches()
+        self._class_weight = self._weigh_classes()
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same for all epochs and processes."""
+        return self._length
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches of an epoch from number ``start`` on."""
+        samples = self._plan(epoch)
+        make = functools.partial(self._make_batch, samples, epoch)
+        if self.data.workers == 0:
+            yield from (b for b in map(make, range(start, len(self))) if b is not None)
+            return
+        with ThreadPoolExecutor(self.data.workers) as pool:
+            todo = iter(range(start, len(self)))
+            ready: deque[Future[Batch | None]] = deque()
+            try:
+                for number in todo:
+                    ready.append(pool.submit(make, number))
+                    if len(ready) > self.data.workers and (made := ready.popleft().result()) is not None:
+                        yield made
+                while ready:
+                    if (made := ready.popleft().result()) is not None:
+                        yield made
+            finally:
+                for future in ready:
+                    future.cancel()
+
+    # -- which samples -------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise DataError(f"{self._where}: {message}")
+
+        ratio = self.fakes.ratio
+        if self._makes_fakes:
+            lost = int((~np.isfinite(self._landmarks[self.faces.label == 0])).any(axis=(1, 2)).sum())
+            require(lost == 0, f"pseudo-fakes need landmarks, {lost} faces have none; run training.faces again")
+        if not self.training:
+            return
+        have = f"{len(self._real)} real and {len(self._fake)} fake files"
+        if ratio == 0:
+            require(
+                bool(self._real and self._fake),
+                f"training needs both classes, there are {have}; add the other, or make fakes (fakes.ratio = 1)",
+            )
+        else:
+            require(bool(self._real), f"pseudo-fakes are made from real faces, there are {have}")
+            require(
+                ratio == 1 or bool(self._fake), f"fakes.ratio {ratio} needs fakes for the rest, there are {have}; set 1"
+            )
+            require(
+                self.data.balance == "undersample",
+                f"pairs are balanced by themselves; with fakes.ratio {ratio} data.balance must be 'undersample', "
+                f"got {self.data.balance!r}",
+            )
+        half_shared = self.batch % (2 * self.world) == 0
+        require(
+            half_shared or not (ratio > 0 or self.augment.mixes),
+            f"with pairs, mixup or cutmix the batch must be a multiple of {2 * self.world} (2 * processes), "
+            f"got {self.batch}",
+        )
+        require(self.batch % self.world == 0, f"{self.world} processes cannot share a batch of {self.batch} equally")
+
+    def _count_batches(self) -> int:
+        samples = len(self._plan(0))
+        if not self.training:
+            return -(-samples // self.batch)
+        if samples < self.batch:
+            raise DataError(
+                f"{self._where}: an epoch has {samples} samples, less than one batch of {self.batch}; lower train.batch"
+            )
+        return samples // self.batch
+
+    def _weigh_classes(self) -> Tensor:
+        """(2,), by label."""
+        if not self.training or self.data.balance != "weights":
+            return torch.ones(2)
+        rng = np.random.default_rng(0)
+        samples = [sum(len(self._draw_rows(path, rng)) for path in paths) for paths in (self._real, self._fake)]
+        return sum(samples) / (2 * torch.tensor(samples, dtype=torch.float32))
+
+    def _plan(self, epoch: int) -> list[_Sample]:
+        """The samples of an epoch in order, ``batch`` of them a batch."""
+        if not self.training:
+            return self._plan_evaluation()
+        rng = np.random.default_rng((self.seed, epoch, 0))
+        if self.fakes.ratio > 0:
+            return self._plan_pairs(rng, epoch)
+        real, fake = ([r for path in paths for r in self._draw_rows(path, rng)] for paths in (self._real, self._fake))
+        if self.data.balance == "undersample":  # of samples: videos may have fewer faces than they are asked for
+            count = min(len(real), len(fake))
+            real, fake = ([rows[i] for i in rng.permutation(len(rows))[:count]] for rows in (real, fake))
+        rows = [*real, *fake]
+        return [_Sample(rows[i], (epoch, 1, n)) for n, i in enumerate(rng.permutation(len(rows)))]
+
+    def _plan_pairs(self, rng: np.random.Generator, epoch: int) -> list[_Sample]:
+        reals = [r for path in self._real for r in self._draw_rows(path, rng)]
+        samples, partners = [], []
+        fakes: list[str] = []
+        for n, i in enumerate(rng.permutation(len(reals))):
+            samples.append(_Sample(reals[i], (epoch, 1, n), in_pair=True))
+            if rng.random() < self.fakes.ratio:
+                partners.append(replace(samples[-1], is_fake=True))
+                continue
+            samples[-1] = replace(samples[-1], in_pair=False)
+            if not fakes:  # all of them, in random order, before any comes again
+                fakes = [self._fake[k] for k in rng.permutation(len(self._fake))]
+            (rows,) = self._draw_rows(fakes.pop(), rng, count=1)
+            partners.append(_Sample(rows, (epoch, 2, n)))
+        half = self.batch // 2
+        starts = range(0, len(samples), half)
+        return [s for k in starts for s in (*samples[k : k + half], *partners[k : k + half])]
+
+    def _plan_evaluation(self) -> list[_Sample]:
+        rows = [r for of_video in self._videos.values() for r in self._all_rows(of_video)]
+        samples = [_Sample(r, (0, 3, n), in_pair=self._makes_fakes) for n, r in enumerate(rows)]
+        if not self._makes_fakes:
+            return samples
+        return [s for real in samples for s in (real, replace(real, is_fake=True))]
+
+    def _draw_rows(self, path: str, rng: np.random.Generator, count: int | None = None) -> list[I64]:
+        """Random faces or clips of a video: ``count`` of them, or as the settings say; each (T,)."""
+        rows = self._videos[path]
+        count = self.data.per_video if count is None else count
+        if count == 0:
+            return self._all_rows(rows)
+        if not self._is_clip:
+            return [rows[[i]] for i in rng.permutation(len(rows))[:count]]
+        t = self.spec.clip_frames
+        starts = [(track, i) for track in self._tracks(rows) for i in range(max(1, len(track) - t + 1))]
+        chosen = [starts[i] for i in rng.permutation(len(starts))[:count]]
+        return [track[np.minimum(i + np.arange(t), len(track) - 1)] for track, i in chosen]
+
+    def _all_rows(self, rows: I64) -> list[I64]:
+        if not self._is_clip:
+            return [rows[[i]] for i in range(len(rows))]
+        return [track[c] for track in self._tracks(rows) for c in clip_rows(len(track), self.spec.clip_frames)]
+
+    def _tracks(self, rows: I64) -> list[I64]:
+        tracks = self.faces.track[rows]
+        return [rows[tracks == t] for t in np.unique(tracks)]
+
+    # -- one batch -----------------------------------------------------------------------------------------------------
+
+    def _make_batch(self, samples: Sequence[_Sample], epoch: int, number: int) -> Batch | None:
+        share = samples[number * self.batch : (number + 1) * self.batch][self.rank :: self.world]
+        if not share:
+            return None
+        severity = 1.0
+        if self.augment.ramp_epochs > 0:
+            severity = min(1.0, (epoch + number / len(self)) / self.augment.ramp_epochs)
+        pairs = self._make_pairs(share)
+        images: list[Image] = []
+        boxes: list[F32] = []
+        masks: list[Tensor] = []
+        for sample in share:
+            pictures, face_boxes, mask = self._load(sample, pairs)
+            rng = np.random.default_rng((self.seed, *sample.key))
+            if rng.random() < self.augment.flip:
+                width = np.array([p.shape[1] for p in pictures], np.float32)[:, None]
+                pictures = [np.ascontiguousarray(p[:, ::-1]) for p in pictures]
+                x1, x2 = width - face_boxes[:, 2:3], width - face_boxes[:, 0:1]
+                face_boxes = np.concatenate([x1, face_boxes[:, 1:2], x2, face_boxes[:, 3:4]], axis=1)
+                mask = mask.flip(3) if isinstance(mask, Tensor) else mask
+            face_boxes = jitter_boxes(face_boxes, self.augment, rng)
+            if isinstance(mask, Tensor):
+                masks.append(crop_masks(mask, torch.from_numpy(face_boxes), self.spec, self._mask_hw).mean(dim=0))
+            else:
+                masks.append(torch.full((1, *self._mask_hw), mask))
+            stored, face_boxes = augment_pixels(pictures, face_boxes, self.augment, rng, severity=severity)
+            images += stored
+            boxes.append(face_boxes)
+        x = torch.from_numpy(crop_faces(images, np.concatenate(boxes), np.arange(len(images)), self.spec))
+        if self._is_clip:
+            x = x.unflatten(0, (len(share), -1))
+        paths = [self.faces.path[s.rows[0]] for s in share]
+        y = torch.tensor([float(s.is_fake or self._labels[p] == 1) for s, p in zip(share, paths, strict=True)])
+        batch = Batch(
+            x.to(self.device),
+            self._load_audio(paths),
+            y.to(self.device),
+            self._class_weight[y.long()].to(self.device),
+            torch.stack(masks).to(self.device) if self.fakes.ratio > 0 else None,
+            [f"{p}#fake" if s.is_fake else p for s, p in zip(share, paths, strict=True)],
+            [self.faces.source_id[s.rows[0]] for s in share],
+            np.stack([s.rows for s in share]),
+        )
+        if self.augment.mixes:
+            places = range(self.rank, self.batch, self.world)
+            draws = Draws([(self.seed, epoch, 4, number, place) for place in places])
+            batch = replace(batch, **mix(batch.x, batch.audio, batch.y, batch.weight, batch.mask, self.augment, draws))
+        return batch
+
+    def _load(
+        self, sample: _Sample, pairs: dict[tuple[int, ...], Pairs]
+    ) -> tuple[list[NDArray[np.uint8]], F32, Tensor | float]:
+        """A sample's pictures, RGB (H, W, 3), with its face boxes (T, 4) and masks (T, 1, S, S), or one value."""
+        if sample.in_pair:
+            pair = pairs[sample.key]
+            images = (pair.fake if sample.is_fake else pair.real).mul(255).round().byte().permute(0, 2, 3, 1)
+            mask = pair.mask.cpu() if sample.is_fake else 0.0
+            return list(images.cpu().contiguous().numpy()), pair.xyxy.cpu().numpy(), mask
+        pictures = [self.faces.read_crop(row) for row in sample.rows]
+        boxes = [self.faces.in_crop(row, self.faces.box[row].reshape(2, 2)).reshape(4) for row in sample.rows]
+        return pictures, np.stack(boxes), np.nan if self._labels[self.faces.path[sample.rows[0]]] else 0.0
+
+    def _make_pairs(self, samples: Sequence[_Sample]) -> dict[tuple[int, ...], Pairs]:
+        """The pairs that are needed, by key, each of T pictures."""
+        rows = {s.key: s.rows for s in samples if s.in_pair}
+        if not rows:
+            return {}
+        donors = {key: self._draw_donor(r, np.random.default_rng((self.seed, *key, 1))) for key, r in rows.items()}
+        wanted = np.concatenate([*rows.values(), *donors.values()])
+        unique, place = np.unique(wanted, return_inverse=True)  # a self-blended image is its own donor: read it once
+        place = torch.from_numpy(place).to(self.device)
+        rgb, boxes, landmarks = (t[place].chunk(2) for t in self._canvases(unique))
+        draws = Draws([(self.seed, *key, 2) for key, r in rows.items() for _ in r], self.device)
+        made = make_pairs(rgb[0], boxes[0], landmarks[0], rgb[1], landmarks[1], self.fakes, draws)
+        parts = {f.name: getattr(made, f.name).unflatten(0, (len(rows), -1)) for f in fields(Pairs)}
+        return {key: Pairs(**{name: part[i] for name, part in parts.items()}) for i, key in enumerate(rows)}
+
+    def _canvases(self, rows: I64) -> tuple[Tensor, Tensor, Tensor]:
+        """Faces on squares of one size: RGB in 0..1 (N, 3, S, S), boxes (N, 4) and landmarks (N, 5, 2) there."""
+        spec, faces = self._canvas, self.faces
+        rgb = np.stack([self._cached_canvas(int(row)) for row in rows]) / np.float32(255)
+        wide = crop_boxes(faces.box[rows], spec)
+        scale = spec.input_hw[0] / (wide[:, None, 2:] - wide[:, None, :2])  # (N, 1, 2)
+        boxes = (faces.box[rows].reshape(-1, 2, 2) - wide[:, None, :2]) * scale
+        landmarks = (self._landmarks[rows] - wide[:, None, :2]) * scale
+        tensors = (
+            torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (rgb, boxes.reshape(-1, 4), landmarks)
+        )
+        return tuple(t.to(self.device) for t in tensors)  # type: ignore[return-value]
+
+    def _cut_canvas(self, row: int) -> NDArray[np.uint8]:
+        """(3, S, S)"""
+        box = self.faces.in_crop(row, self.faces.box[row].reshape(2, 2)).reshape(1, 4)
+        rgb = crop_faces([Image.from_rgb(self.faces.read_crop(row))], box, np.zeros(1, np.int64), self._canvas)[0]
+        return (rgb * 255).round().clip(0, 255).astype(np.uint8)
+
+    def _draw_donor(self, rows: I64, rng: np.random.Generator) -> I64:
+        """Whose face a pseudo-fake of ``rows`` gets, (T,): their own, or that of another source."""
+        faces = self.faces
+        if rng.random() >= self.fakes.swap:
+            return rows
+        others = rng.choice(self._donors, DONOR_CANDIDATES)
+        others = others[faces.source_id[others] != faces.source_id[rows[0]]]
+        if not len(others):
+            return rows
+        shape = self._landmark_shape(np.append(rows[:1], others))
+        donor = others[int(np.argmin(((shape[1:] - shape[0]) ** 2).sum(axis=(1, 2))))]
+        of_video = self._videos[faces.path[donor]]
+        later = of_video[(faces.track[of_video] == faces.track[donor]) & (of_video >= donor)]
+        return later[np.minimum(np.arange(len(rows)), len(later) - 1)]
+
+    def _landmark_shape(self, rows: I64) -> F32:
+        """Landmarks in box units, (N, 5, 2): the same for the same pose, wherever and however large the face is."""
+        low, high = self.faces.box[rows, None, :2], self.faces.box[rows, None, 2:]
+        return (self._landmarks[rows] - low) / (high - low)
+
+    def _load_audio(self, paths: Sequence[str]) -> Tensor | None:
+        if self.audio is None:
+            return None
+        return torch.from_numpy(np.stack([self.audio(self.faces.source / path) for path in paths])).to(self.device)
+
+
+def _canvas_spec(spec: ModelSpec) -> ModelSpec:
+    face_px = CANVAS_ZOOM * max(spec.input_hw) / (1 + spec.margin_ratio)
+    margin = spec.margin_ratio + CANVAS_ROOM
+    side = 2 * round(face_px * (1 + margin) / 2)  # 4:2:0 wants even sides
+    return ModelSpec(name="canvas", file="", sha256="", input_hw=(side, side), margin_ratio=margin)
+
+
+def _fill_landmarks(faces: FaceTable) -> F32:
+    """Landmarks with those seen before in the track where a box was filled in, as the box itself was; (N, 5, 2)."""
+    filled = faces.landmarks.copy()
+    for row in np.flatnonzero(np.isnan(filled).any(axis=(1, 2))):
+        if row > 0 and faces.path[row] == faces.path[row - 1] and faces.track[row] == faces.track[row - 1]:
+            filled[row] = filled[row - 1]
+    return filled
+
+
+def draw_pairs(table: FaceTable, file: Path, *, seed: int = 0, pairs: int = 40) -> None:
+    """Draws pseudo-fakes of the training split as the network would see them: real, fake and mask, pair by pair."""
+    spec = ModelSpec(name="sheet", file="", sha256="", input_hw=(160, 160), margin_ratio=0.4)
+    fakes = FakeSettings(ratio=1.0)
+    pairs = min(pairs, len(table.split("train").rows_by_video())) // 4 * 4
+    batches = Batches(table, spec, DataSettings(), AugmentSettings(), fakes, split="train", seed=seed, batch=2 * pairs)
+    batch = next(batches.epoch(0))
+    assert batch.mask is not None
+    masks = F.interpolate(batch.mask[pairs:], batch.x.shape[2:]).expand(-1, 3, -1, -1)
+    tiles = torch.cat([*batch.x.split(pairs), masks], dim=3)  # (pairs, 3, 160, 480)
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in tiles.split(4)], dim=1)
+    PilImage.fromarray(sheet.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(file)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.data", description="Draws pseudo-fakes of some faces.")
+    parser.add_argument("faces", type=Path, help="a folder that training.faces wrote")
+    parser.add_argument("--out", type=Path, required=True, help="a PNG")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    try:
+        draw_pairs(FaceTable.load(args.faces), args.out, seed=args.seed)
+    except DfengineError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
