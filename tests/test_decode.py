@@ -35,7 +35,7 @@ from assets import (
 from av.video.reformatter import ColorRange, Colorspace
 
 from dfengine.decode import open_video
-from dfengine.errors import DecodeError, DfengineError, InputError, NotAVideo
+from dfengine.errors import DecodeError, DfengineError, InputError, NotAVideo, SourceNotFound
 from dfengine.sampling import KEYFRAME_STEP_FRAMES, MAX_SNAP_FRAMES, Mode, Policy, nearest
 from dfengine.types import Frames, Image
 
@@ -618,6 +618,15 @@ def test_a_video_that_was_renamed_is_still_one(made: MakeClip, tmp_path: Path) -
     shutil.copyfile(made(H264_KEYS), path)
     frames, _, _ = decode(path, "uniform:3")
     assert len(frames) == 3
+
+
+def test_a_file_that_vanishes_is_said_to_be_gone(made: MakeClip, tmp_path: Path) -> None:
+    path = tmp_path / "gone.mp4"
+    shutil.copy(made(H264_KEYS), path)
+    with open_video(path) as video:
+        path.unlink()  # decoding opens the file a second time
+        with pytest.raises(SourceNotFound, match="was there and is gone"):
+            list(video.frames(Policy.parse("uniform:3")))
 
 
 def test_pictures_of_the_maker_differ() -> None:

@@ -15,7 +15,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from dfengine.errors import DecodeError, InputError, NotAVideo, UnsupportedVideo
+from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, UnsupportedVideo
 from dfengine.media import open_media
 from dfengine.sampling import MAX_SNAP_FRAMES, Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
 from dfengine.types import F64, Bool, Frames, Image, PathLikeStr
@@ -97,6 +97,10 @@ class CpuVideo:
         with ExitStack() as undo:
             try:
                 container = undo.enter_context(open_media(self.path))
+            except FileNotFoundError:  # av's own is one too
+                raise SourceNotFound(
+                    "the file was there and is gone; score it again from where it is now", path=self.path, stage="open"
+                ) from None
             except av.FFmpegError as error:
                 raise NotAVideo(
                     f"no video container was recognised ({_text(error)}); dfengine reads what FFmpeg reads",
