@@ -53,7 +53,8 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions,
-        "git": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "git": _git("rev-parse", "--short", "HEAD")
+        + ("+changes" if _git("status", "--porcelain", "--", ".", ":!benchmarks/results") else ""),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -48,9 +48,9 @@ def _make_member(net: str, seed: int, out: Path, precision: Precision) -> ModelS
     timm_name, side = NETS[net]
     torch.manual_seed(seed)
     model = timm.create_model(timm_name, pretrained=False, num_classes=1).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # equal tensors would be stored once, which onnx2torch cannot read
-            nn.init.normal_(module.bias, std=0.1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # equal tensors would be stored once, which onnx2torch cannot read
+            nn.init.normal_(parameter, std=0.1)
     _spread_logits(model, side)
     path = out / f"{net}_{seed}.onnx"
     with warnings.catch_warnings():
