@@ -37,7 +37,10 @@ lint: $(VENV)/dev.stamp
 # The benchmarks need videos: make bench VIDEOS=path/to/folder
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python -m benchmarks.stages --videos $(VIDEOS)
 	$(BIN)/python -m benchmarks.engine --videos $(VIDEOS)
+	$(BIN)/python -m benchmarks.kaggle --videos $(VIDEOS)
+	$(BIN)/python -m benchmarks.soak --videos $(VIDEOS)
 	$(BIN)/python scripts/update_readme.py
 
 # The default bundle, from photos alone: make train-default PHOTOS=path/to/portraits (see training/README.md).

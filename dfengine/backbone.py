@@ -103,9 +103,8 @@ class Clips:
             full: list[tuple[F32, I64]] = []
             for track in np.unique(tracks.track_id):
                 mine = np.flatnonzero(tracks.track_id == track)
-                for start in range(
-                    0, len(mine), size
-                ):  # at most a clip at a time, so that little more is cut than kept
+                # At most a clip at a time, so that little more is cut than kept.
+                for start in range(0, len(mine), size):
                     part = slice(int(mine[start]), int(mine[start : start + size][-1]) + 1)
                     crops = make_crops(group[0], part).batch
                     before, waiting = self._held.get((g, int(track)), (crops[:0], numbers[:0]))
