@@ -1,6 +1,6 @@
-"""Draws the README's tables, between their markers, and its chart from the result files.
+"""Draws the tables of README.md and docs/performance.md, between their markers, and the chart from the result files.
 
-python scripts/update_readme.py            # rewrites README.md
+python scripts/update_readme.py            # rewrites the two pages
 python scripts/update_readme.py --check    # exit code 1 if that would change it
 """
 
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 NOT_MEASURED = "Not measured."
 NETS = {"default": "default bundle", "efficientnet_b1": "EfficientNet-B1, 240 px", "xception": "Xception, 299 px"}
 
@@ -133,30 +133,70 @@ def minmax(values: list[float]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def render(readme: str) -> str:
-    """The README with its tables filled in."""
-    sources = {
-        "engine": (ROOT / "benchmarks/results/engine.json", engine_table),
-        "kaggle": (ROOT / "benchmarks/results/kaggle.json", kaggle_table),
-        "ops": (ROOT / "benchmarks/results/ops.json", ops_table),
+def bound_table(result: dict[str, Any]) -> str:
+    lines = [
+        "| network | mode | decode, CPU s | networks, CPU s | bound, s/video | measured | share |",
+        "|---" * 7 + "|",
+    ]
+    for part in result["timing"]:
+        for row in part["rows"]:
+            if "bound_s" in row:
+                cpu, net = row["cpu_s"], NETS.get(part["net"], part["net"])
+                lines.append(
+                    f"| {net} | `{row['system']}` | {cpu['decode']:.2f} | {cpu['nets']:.2f} "
+                    f"| {row['bound_s']:.2f} | {row['median_s']:.2f} | {100 * row['share_of_bound']:.0f} % |"
+                )
+    return "\n".join(lines)
+
+
+def stages_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"Each stage alone, one thread, {result['frames']} frames of one 1080p clip:",
+        "",
+        "| stage | ms | ms each |",
+        "|---|---|---|",
+    ]
+    for row in result["rows"]:
+        ms = row["median_s"] * 1e3
+        lines.append(f"| {row['stage']} | {ms:.0f} | {ms / row['count']:.2f} a {row['per']} |")
+    return "\n".join(lines)
+
+
+RESULTS = ROOT / "benchmarks/results"
+# File -> marker -> where its numbers are, and what draws them.
+PAGES: dict[Path, dict[str, tuple[Path, Callable[[dict[str, Any]], str]]]] = {
+    ROOT / "README.md": {
+        "engine": (RESULTS / "engine.json", engine_table),
+        "kaggle": (RESULTS / "kaggle.json", kaggle_table),
+        "ops": (RESULTS / "ops.json", ops_table),
         "default": (ROOT / "dfengine/bundles/default/bundle.json", default_note),
-    }
-    for name, (path, draw) in sources.items():
+    },
+    ROOT / "docs/performance.md": {
+        "bound": (RESULTS / "engine.json", bound_table),
+        "stages": (RESULTS / "stages.json", stages_table),
+    },
+}
+
+
+def render(page: Path) -> str:
+    """A page with its tables filled in."""
+    text = page.read_text()
+    for name, (path, draw) in PAGES[page].items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        before, rest = readme.split(begin)
+        before, rest = text.split(begin)
         after = rest.split(end, 1)[1]
-        text = draw(json.loads(path.read_text())) if path.exists() else NOT_MEASURED
-        readme = before + begin + text + "\n" + end + after
-    return readme
+        table = draw(json.loads(path.read_text())) if path.exists() else NOT_MEASURED
+        text = before + begin + table + "\n" + end + after
+    return text
 
 
 def main() -> None:
-    old = README.read_text()
-    new = render(old)
+    new = {page: render(page) for page in PAGES}
     if "--check" in sys.argv[1:]:
-        sys.exit(old != new)
-    README.write_text(new)
-    draw_engine_chart(json.loads((ROOT / "benchmarks/results/engine.json").read_text()), ROOT / "docs/engine.png")
+        sys.exit(any(page.read_text() != text for page, text in new.items()))
+    for page, text in new.items():
+        page.write_text(text)
+    draw_engine_chart(json.loads((RESULTS / "engine.json").read_text()), ROOT / "docs/engine.png")
 
 
 if __name__ == "__main__":
