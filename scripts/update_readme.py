@@ -28,15 +28,16 @@ def engine_table(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"| {NETS.get(part['net'], part['net'])} | s/video | min to max | faster | than the fair stack "
-            "| share of the bound | MiB |",
+            "| share of the bound | peak MiB |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in part["rows"]:
             to_fair = f"{row['ratio_to_fair']:.1f}x" if "ratio_to_fair" in row else ""
             share = f"{100 * row['share_of_bound']:.0f} %" if "share_of_bound" in row else ""
+            memory = f"{row['peak_memory_mib']:.0f}" if "peak_memory_mib" in row else "not measured"
             lines.append(
                 f"| {row['description']} | {row['median_s']:.2f} | {row['min_s']:.2f} to {row['max_s']:.2f} "
-                f"| {row['ratio']:.1f}x | {to_fair} | {share} | {row['peak_memory_mib']:.0f} |"
+                f"| {row['ratio']:.1f}x | {to_fair} | {share} | {memory} |"
             )
     both = "; ".join(
         f"`{system}` mean {agreement[system]['mean_abs_difference']:.4f}, "
@@ -45,6 +46,7 @@ def engine_table(result: dict[str, Any]) -> str:
     )
     lines += [
         "",
+        *([result["note"], ""] if "note" in result else []),
         "![Videos per second by system and network](docs/engine.png)",
         "",
         "The scores agree, with the default bundle: absolute difference of p_fake to the first row over "
