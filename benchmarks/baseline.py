@@ -24,7 +24,7 @@ from dfengine.aggregate import Verdict, judge
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.crop import crop_boxes
 from dfengine.detect import Detector
-from dfengine.runtime import make_session
+from dfengine.runtime import CpuDevice
 from dfengine.track import Linker, select
 from dfengine.types import F32, Faces, Frames, Image
 
@@ -39,18 +39,23 @@ class Baseline:
     """The usual way: OpenCV decodes, facenet-pytorch's MTCNN detects on full frames in batches, PIL crops with
     antialiasing, torch runs the network. One video at a time, with torch's and OpenCV's own threads.
 
-    ``min_face_px``: MTCNN's, None for the same as dfengine's.
+    ``min_face_px``: MTCNN's, None for the same as dfengine's. ``device``: "cuda" is the naive way to use a GPU: the
+    same with the networks moved there.
     """
 
-    def __init__(self, bundle: Bundle, *, frames: int = 17, min_face_px: float | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, frames: int = 17, min_face_px: float | None = None, device: str = "cpu"
+    ) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._device = device
         self._bundle = bundle
         self._frames = frames
         self._min_face_px = min_face_px
         self._nets = {
-            m.name: onnx2torch.convert(onnx.load_from_string(bundle.onnx_bytes(m))).eval() for m in bundle.members
+            m.name: onnx2torch.convert(onnx.load_from_string(bundle.onnx_bytes(m))).eval().to(device)
+            for m in bundle.members
         }
-        self._mtcnn = MTCNN(keep_all=True, thresholds=list(bundle.detector.thresholds), device="cpu")
+        self._mtcnn = MTCNN(keep_all=True, thresholds=list(bundle.detector.thresholds), device=device)
 
     @torch.inference_mode()
     def score(self, path: Path) -> Verdict | None:
@@ -107,7 +112,7 @@ class Baseline:
         )  # fmt: skip
 
     def _run(self, member: ModelSpec, batch: F32) -> NDArray[np.floating[Any]]:
-        return self._nets[member.name](torch.from_numpy(batch)).numpy()
+        return self._nets[member.name](torch.from_numpy(batch).to(self._device)).cpu().numpy()
 
 
 class FairBaseline(Baseline):
@@ -121,7 +126,7 @@ class FairBaseline(Baseline):
         self._frames = frames
         self._threads = threads
         self._detector = _RgbDetector(bundle.detector, threads=threads)
-        self._sessions = {m.name: make_session(bundle, m.name, threads=threads) for m in bundle.members}
+        self._sessions = {m.name: CpuDevice().session(bundle, m.name, threads=threads) for m in bundle.members}
 
     def _decode(self, path: Path) -> tuple[list[Picture], NDArray[np.float64], NDArray[np.int64]]:
         with av.open(str(path)) as container:

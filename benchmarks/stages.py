@@ -18,7 +18,7 @@ from dfengine import Bundle
 from dfengine.crop import crop_tracks
 from dfengine.decode import open_video
 from dfengine.detect import Detector
-from dfengine.runtime import make_session
+from dfengine.runtime import CpuDevice
 from dfengine.sampling import Policy
 from dfengine.track import Linker
 from dfengine.types import Frames
@@ -66,7 +66,7 @@ def main() -> None:
             cut = functools.partial(crop_tracks, frames.images, rows_found, member)
             crops = cut().batch
             measure(f"crop, {size}", cut, "crop", len(crops))
-            session = make_session(bundle, member.name, threads=1)
+            session = CpuDevice().session(bundle, member.name, threads=1)
             measure(f"{name}, {size}", lambda session=session, crops=crops: session.run(crops), "crop", len(crops))
     result = {"what": "one thread, networks are loaded before", "clip": clip.name, "frames": len(frames), "rows": rows}
     print("wrote", save("stages", result).name)

@@ -10,14 +10,16 @@ over rows weighs every clip by the rows that only it has.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.errors import InferenceError
-from dfengine.runtime import make_session
-from dfengine.types import F32, F64, I64, Crops, Tracks
+from dfengine.kernels import to_host
+from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
+from dfengine.types import F32, F64, I64, Array, Crops, Tracks
 
 MakeCrops = Callable[[ModelSpec, slice], Crops]
 
@@ -33,11 +35,12 @@ def clip_rows(count: int, clip_frames: int) -> I64:
 
 
 class Backbone:
-    """All members of a bundle, compiled. Thread-safe."""
+    """All members of a bundle, compiled for a device. Thread-safe."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, *, device: Device | None = None, threads: int = 1) -> None:
+        device = CpuDevice() if device is None else device
         self.members = bundle.members
-        self._sessions = {m.name: make_session(bundle, m.name, threads=threads) for m in bundle.members}
+        self._sessions = {m.name: device.session(bundle, m.name, threads=threads) for m in bundle.members}
 
     def run(self, rows: int, make_crops: MakeCrops, *, only: Collection[str] | None = None) -> dict[str, F64]:
         """Logits of every frame member, or of those named in ``only``, for ``rows`` rows, (rows,) each.
@@ -49,11 +52,16 @@ class Backbone:
         logits = {m.name: np.empty(rows, np.float64) for m in members}
         for group in _by_preprocessing(members):
             for start in range(0, rows, BATCH_CROPS):
-                part = slice(start, min(start + BATCH_CROPS, rows))
-                crops = make_crops(group[0], part)
-                for member in group:
-                    logits[member.name][part] = self._logits(member, crops.batch)
+                stop = min(start + BATCH_CROPS, rows)
+                in_halves_if_need_be(partial(self._run_part, group, make_crops, logits), start, stop)
         return logits
+
+    def _run_part(
+        self, group: list[ModelSpec], make_crops: MakeCrops, logits: dict[str, F64], start: int, stop: int
+    ) -> None:
+        batch = make_crops(group[0], slice(start, stop)).batch
+        for member in group:
+            logits[member.name][start:stop] = self._logits(member, batch)
 
     def clips(self, log_mel: Mapping[str, F32], *, only: Collection[str] | None = None) -> Clips:
         """The clip members, or those named in ``only``, ready for one video.
@@ -63,7 +71,7 @@ class Backbone:
         members = (m for m in self.members if m.kind in ("clip", "audio"))
         return Clips(self, tuple(m for m in members if only is None or m.name in only), log_mel)
 
-    def _logits(self, member: ModelSpec, *inputs: NDArray[np.floating]) -> NDArray[np.float32]:
+    def _logits(self, member: ModelSpec, *inputs: Array) -> NDArray[np.float32]:
         (out,) = self._sessions[member.name].run(*inputs)
         logits = out.reshape(len(inputs[0]), -1)
         if logits.shape[1] != 1 or not np.isfinite(logits).all():
@@ -106,7 +114,7 @@ class Clips:
                 # At most a clip at a time, so that little more is cut than kept.
                 for start in range(0, len(mine), size):
                     part = slice(int(mine[start]), int(mine[start : start + size][-1]) + 1)
-                    crops = make_crops(group[0], part).batch
+                    crops = to_host(make_crops(group[0], part).batch)
                     before, waiting = self._held.get((g, int(track)), (crops[:0], numbers[:0]))
                     held, waiting = np.concatenate([before, crops]), np.append(waiting, numbers[part])
                     if len(waiting) >= size:

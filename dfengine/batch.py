@@ -1,11 +1,13 @@
 """Many videos: which files are meant, and a supervised run over them in worker processes.
 
 Note [What becomes of a video]
-A worker has one video at a time. If it dies over one, or the video takes longer than it may, the worker is replaced and
-the video is tried once more when nothing else is running: memory that two videos ran out of together may suffice for
-one. If that fails too, its row says so. With a time limit (dfengine.deadline) a video that takes far more than its
-share is tried once more at the bottom of the ladder, and what still runs or waits when the time is over gets a row with
-DeadlineExceeded. So every video that was handed in has exactly one row, whatever happens to it.
+A worker has one video at a time, in a process of its own, on a GPU in one with the others. If the process dies, or a
+video takes longer than it may, the process is replaced and the video is tried once more when nothing else is running:
+memory that two videos ran out of together may suffice for one. If that fails too, its row says so. What else was in the
+process begins anew, after a death as if it had been the cause, since nobody can know. With a time limit
+(dfengine.deadline) a video that takes far more than its share is tried once more at the bottom of the ladder, and what
+still runs or waits when the time is over gets a row with DeadlineExceeded. So every video that was handed in has
+exactly one row, whatever happens to it.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from typing import Any
 
 from dfengine.bundle import Bundle
 from dfengine.deadline import Deadline, Step, ladder
-from dfengine.engine import make_plan, usable_cores
+from dfengine.engine import default_workers, make_plan, usable_cores
 from dfengine.errors import OptionError, WorkerCrashed, display_path
 from dfengine.runtime import resolve_device
 from dfengine.types import ErrorInfo, PathLikeStr, VideoScore
-from dfengine.worker import Died, Ready, Scorer, Setup, StartFailed, Task, Worker, engine_scorer
+from dfengine.worker import Died, Process, Ready, Scored, Scorer, Setup, StartFailed, Task, Worker, engine_scorer
 
 log = logging.getLogger("dfengine")
 
@@ -60,11 +62,11 @@ GRACE_SECONDS = 10.0
 # What every DeadlineExceeded ends with.
 MORE_TIME = "give a longer --time-limit, or run again with --resume"
 
-# A worker is replaced after this many videos. What a process holds grows with the largest video that it has seen, and
-# by fragments; over 1,000 mixed files two workers came to 2.4 GB without this. A new one costs half a second.
+# A process of one worker is replaced after this many videos. What it holds grows with the largest video that it has
+# seen, and by fragments; over 1,000 mixed files two came to 2.4 GB without this. A new one costs half a second.
 VIDEOS_A_WORKER = 200
 
-# Workers that die one after the other before they are ready, with no other worker alive, end the run.
+# Processes that die one after the other before they are ready, with no other alive, end the run.
 MAX_FAILED_STARTS = 3
 
 
@@ -108,7 +110,8 @@ class Job:
 class Batch:
     """A run over many videos. Everything that can be wrong with the options is raised when it is made.
 
-    ``workers``: processes, one video each, by default one a core; fewer videos than that share the cores.
+    ``workers``: videos at a time, each in a process of its own on the CPU, by default one a core or 16 on a GPU; fewer
+    videos than that share the cores.
     ``timeout_seconds``: for each video, by default by its size. ``time_limit_seconds``: for the whole run, counted from
     now. A file that is named twice is scored once: ``jobs`` are the different ones, ``repeated`` the number of others.
 
@@ -128,14 +131,14 @@ class Batch:
         time_limit_seconds: float | None = None,
         make_scorer: Callable[[Bundle, str, int], Scorer] = engine_scorer,
     ) -> None:
-        self.workers = workers if workers is not None else usable_cores()
-        if self.workers < 1:
+        if workers is not None and workers < 1:
             raise OptionError(f"workers must be at least 1, got {workers}")
         if timeout_seconds is not None and not timeout_seconds > 0:
             raise OptionError(f"the time-out must be longer than zero, got {timeout_seconds} s")
         self.timeout_seconds = timeout_seconds
         self.bundle = Bundle.load(bundle)
         self.device = resolve_device(device)
+        self.workers = workers or default_workers(self.device != "cpu", usable_cores())
         asked = make_plan(self.bundle, frames=frames, mode=mode)
         self.steps: tuple[Step, ...] = (Step("as asked", asked, 1.0),)
         self.deadline: Deadline | None = None
@@ -220,22 +223,23 @@ class _Run:
         self._waiting = deque(_Attempt(job) for job in jobs)
         self._alone: deque[_Attempt] = deque()  # to be tried again when nothing else runs
         self._running: dict[Worker, _Attempt] = {}
-        self._workers: list[Worker] = []
+        self._processes: list[Process] = []
         self._most_workers = min(batch.workers, len(jobs))
         self._failed_starts = 0
         self._any_started = False
         # By all jobs, not by those that are left: decoding of damaged videos may depend on the number of threads, and a
         # resumed run must give what an unbroken one does.
         threads = max(1, usable_cores() // min(batch.workers, len(batch.jobs)))
-        self._setup = Setup(batch.bundle, batch.device, threads, batch.make_scorer, log.getEffectiveLevel())
+        together = 1 if batch.device == "cpu" else self._most_workers
+        self._setup = Setup(batch.bundle, batch.device, threads, batch.make_scorer, together, log.getEffectiveLevel())
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> _Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for worker in list(self._workers):
-            self._remove(worker)
+        for process in list(self._processes):
+            self._remove(process)
         self._selector.close()
 
     def rows(self) -> Iterator[VideoScore]:
@@ -256,14 +260,15 @@ class _Run:
     def _hand_out(self) -> Iterator[VideoScore]:
         """Gives videos to idle workers, and starts workers while there are too few."""
         while queue := self._waiting or (self._alone if not self._running else None):
-            idle = next((w for w in self._workers if w.ready and w not in self._running), None)
+            workers = (w for p in self._processes if p.ready for w in p.workers)
+            idle = next((w for w in workers if w not in self._running), None)
             if idle is None:
                 wanted = min(self._most_workers, len(self._running) + len(queue)) if self._waiting else 1
-                while len(self._workers) < wanted:
+                while sum(len(p.workers) for p in self._processes) < wanted:
                     self._start()
                 return
-            if idle.tasks_given >= VIDEOS_A_WORKER:
-                self._remove(idle)
+            if idle.process.tasks_given >= VIDEOS_A_WORKER and len(idle.process.workers) == 1:
+                self._remove(idle.process)
                 continue
             attempt = queue.popleft()
             if not self._allot(attempt):
@@ -295,42 +300,44 @@ class _Run:
             seconds += max(expected - worker.seconds(), expected / 4)
         return seconds
 
-    # -- workers -------------------------------------------------------------------------------------------------------
+    # -- processes -----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        worker = Worker(self._setup)
-        self._workers.append(worker)
-        self._selector.register(worker, selectors.EVENT_READ)
+        process = Process(self._setup)
+        self._processes.append(process)
+        self._selector.register(process, selectors.EVENT_READ)
 
-    def _remove(self, worker: Worker) -> None:
-        self._workers.remove(worker)
-        self._selector.unregister(worker)
-        worker.kill()
+    def _remove(self, process: Process) -> list[tuple[Worker, _Attempt]]:
+        """Ends a process; returns what its workers were at."""
+        self._processes.remove(process)
+        self._selector.unregister(process)
+        process.kill()
+        return [(worker, self._running.pop(worker)) for worker in process.workers if worker in self._running]
 
     def _listen(self) -> Iterator[VideoScore]:
         for key, _ in self._selector.select(POLL_SECONDS):
-            worker = key.fileobj
-            assert isinstance(worker, Worker)
-            for message in worker.receive():
+            process = key.fileobj
+            assert isinstance(process, Process)
+            for message in process.receive():
                 match message:
                     case Ready():
                         self._any_started, self._failed_starts = True, 0
-                    case VideoScore():
-                        yield self._finished(self._running.pop(worker), message, worker.seconds())
+                    case Scored():
+                        worker = message.worker
+                        yield self._finished(self._running.pop(worker), message.score, worker.seconds())
                     case StartFailed():
                         if not self._any_started:
                             raise message.error
                         log.warning("a worker could not be started: %s", message.error)
                     case Died():
-                        self._remove(worker)
-                        if attempt := self._running.pop(worker, None):
+                        for worker, attempt in self._remove(process):
                             yield from self._failed(attempt, worker, "WorkerCrashed", _crash(message, worker))
-                        elif not worker.ready:
+                        if not process.ready:
                             self._start_failed(message)
 
     def _start_failed(self, died: Died) -> None:
-        """A worker died before it was ready: go on with fewer, and give up when there are none."""
-        if self._workers:
+        """A process died before it was ready: go on with fewer, and give up when there are none."""
+        if self._processes:
             self._most_workers = max(1, self._most_workers - 1)
             log.warning("a worker process %s when it started; going on with %d", died.how, self._most_workers)
             return
@@ -346,10 +353,11 @@ class _Run:
         """Ends what takes too long."""
         for worker, attempt in list(self._running.items()):
             seconds = worker.seconds()
-            if seconds < min(attempt.timeout_seconds, attempt.share_seconds):
+            if worker not in self._running or seconds < min(attempt.timeout_seconds, attempt.share_seconds):
                 continue
-            del self._running[worker]
-            self._remove(worker)
+            for other, waiting in self._remove(worker.process):
+                if other is not worker:
+                    self._waiting.appendleft(waiting)
             if seconds >= attempt.timeout_seconds:
                 what = f"no result after {seconds:.3g} s; raise --timeout, or ask for fewer --frames"
                 yield from self._failed(attempt, worker, "VideoTimeout", what)
@@ -394,10 +402,8 @@ class _Run:
 
     def _end(self) -> Iterator[VideoScore]:
         """The time is over: a row for each video that has none."""
-        running, self._running = self._running, {}
-        for worker in running:
-            self._remove(worker)
-        yield from (self._stopped(attempt, worker) for worker, attempt in running.items())
+        running = [pair for process in list(self._processes) for pair in self._remove(process)]
+        yield from (self._stopped(attempt, worker) for worker, attempt in running)
         yield from (self._no_time(attempt) for attempt in (*self._waiting, *self._alone))
         self._waiting.clear()
         self._alone.clear()

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dfengine import _kernels
 from dfengine.bundle import ModelSpec
-from dfengine.types import F32, I64, Crops, Image, Tracks
+from dfengine.kernels import Dtype, crop_resize
+from dfengine.types import F32, I64, Array, Crops, Image, Tracks
 
 
 def crop_boxes(boxes: F32, spec: ModelSpec) -> F32:
@@ -27,12 +27,20 @@ def crop_boxes(boxes: F32, spec: ModelSpec) -> F32:
     return np.concatenate([centre - half, centre + half], axis=1).astype(np.float32)
 
 
-def crop_faces(images: Sequence[Image], boxes: F32, image_index: I64, spec: ModelSpec, *, threads: int = 1) -> F32:
-    """Crops face boxes as ``spec`` asks: (N, 3, H, W) float32 RGB, (rgb / 255 - mean) / std.
+def crop_faces(
+    images: Sequence[Image],
+    boxes: F32,
+    image_index: I64,
+    spec: ModelSpec,
+    *,
+    dtype: Dtype = "float32",
+    threads: int = 1,
+) -> Array:
+    """Crops face boxes as ``spec`` asks: (N, 3, H, W) RGB, (rgb / 255 - mean) / std, where the images lie.
 
     ``image_index``: (N,), the image of each box.
     """
-    return _kernels.crop_resize(
+    return crop_resize(
         images,
         crop_boxes(boxes, spec),
         image_index.astype(np.int32),
@@ -41,11 +49,20 @@ def crop_faces(images: Sequence[Image], boxes: F32, image_index: I64, spec: Mode
         std=spec.std,
         resize=spec.resize,
         padding=spec.padding,
+        dtype=dtype,
         threads=threads,
     )
 
 
-def crop_tracks(images: Sequence[Image], tracks: Tracks, spec: ModelSpec, *, video: int = 0, threads: int = 1) -> Crops:
+def crop_tracks(
+    images: Sequence[Image],
+    tracks: Tracks,
+    spec: ModelSpec,
+    *,
+    video: int = 0,
+    dtype: Dtype = "float32",
+    threads: int = 1,
+) -> Crops:
     """The rows of one video's tracks as network input, with their identity."""
-    batch = crop_faces(images, tracks.xyxy, tracks.frame, spec, threads=threads)
+    batch = crop_faces(images, tracks.xyxy, tracks.frame, spec, dtype=dtype, threads=threads)
     return Crops(batch, np.full(len(tracks), video, np.int64), tracks.track_id, tracks.index)

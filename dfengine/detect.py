@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine import _boxes, _kernels
+from dfengine import _boxes
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.runtime import make_session
+from dfengine.kernels import crop_resize, to_host
+from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
 from dfengine.types import F32, Faces, Image
 
 # Frames that go through the cascade together. Level 0 of 16 frames of 1080p takes 36 MB as network input and twice
@@ -38,14 +39,16 @@ _SAME_FACE = 0.1
 
 
 class Detector:
-    """The cascade, compiled. Thread-safe."""
+    """The cascade, compiled for a device. Thread-safe."""
 
-    def __init__(self, settings: DetectorSettings, *, threads: int = 1) -> None:
+    def __init__(self, settings: DetectorSettings, *, device: Device | None = None, threads: int = 1) -> None:
+        device = CpuDevice() if device is None else device
         nets = Bundle.load(settings.nets)
         self.settings = settings
         self._threads = threads
+        self._dtype = device.dtype
         self._pnet, self._rnet, self._onet = (
-            make_session(nets, name, threads=threads) for name in ("pnet", "rnet", "onet")
+            device.session(nets, name, threads=threads) for name in ("pnet", "rnet", "onet")
         )
         self._input = nets.member("pnet")
 
@@ -99,11 +102,15 @@ class Detector:
 
     def _in_batches(self, images: Sequence[Image], rows: NDArray[np.int64], gain: float) -> Faces:
         """The whole cascade, in batches."""
-        parts = []
-        for start in range(0, len(rows), BATCH_FRAMES):
-            batch = rows[start : start + BATCH_FRAMES]
+        parts: list[Faces] = []
+
+        def run(start: int, stop: int) -> None:
+            batch = rows[start:stop]
             faces = self._cascade([images[i] for i in batch], gain)
             parts.append(dataclasses.replace(faces, frame=batch[faces.frame]))
+
+        for start in range(0, len(rows), BATCH_FRAMES):
+            in_halves_if_need_be(run, start, min(start + BATCH_FRAMES, len(rows)))
         return Faces.concatenate(parts)
 
     def _follow(
@@ -134,8 +141,8 @@ class Detector:
     ) -> Any:
         # Brightening by `gain` before normalising, (gain * x - mean) / std, costs nothing this way.
         mean, std = self._input.mean, self._input.std
-        return _kernels.crop_resize(
-            images, boxes, image, out_hw=hw, resize="area", threads=self._threads,
+        return crop_resize(
+            images, boxes, image, out_hw=hw, resize="area", dtype=self._dtype, threads=self._threads,
             mean=(mean[0] / gain, mean[1] / gain, mean[2] / gain), std=(std[0] / gain, std[1] / gain, std[2] / gain),
         )  # fmt: skip
 
@@ -225,6 +232,6 @@ def _where(mask: Any, *columns: Any) -> Any:
 
 def _bright_luma(image: Image) -> float:
     """99th percentile of the first component, on the scale 0..255 of full range. Every 4th pixel will do."""
-    luma = image.components[0][::4, ::4]
+    luma = to_host(image.components[0])[::4, ::4]
     value: float = float(np.percentile(luma, 99)) / float(1 << (image.bit_depth - 8))
     return value if image.full_range else (value - 16.0) * 255 / 219

@@ -21,7 +21,7 @@ from dfengine.decode import open_video
 from dfengine.decode.cpu import DEFAULT_MEMORY_BYTES
 from dfengine.detect import Detector
 from dfengine.errors import DfengineError, OptionError, display_path
-from dfengine.runtime import resolve_device
+from dfengine.runtime import Device, open_device
 from dfengine.sampling import Policy, parse_mode
 from dfengine.track import Linker, select
 from dfengine.types import F64, Crops, ErrorInfo, PathLikeStr, Plan, Tracks, VideoScore
@@ -30,22 +30,32 @@ log = logging.getLogger("dfengine")
 
 T = TypeVar("T")
 
+# Videos in work on a GPU: two for each of the seven or eight decoders that the largest have, so that one is decoded
+# while another goes through the networks. Chosen, not measured. Cards with fewer decoders let them wait in line.
+GPU_WORKERS = 16
+
 
 class Engine:
     """Scores videos. Holds compiled networks, so make one and keep it. Thread-safe; a context manager.
 
-    ``frames``: a sampling policy, or a number N for uniform:N; ``mode``: "exact", "reference" or "keyframe" (see
-    dfengine.sampling). Both default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default
-    one a core. ``threads``: cores to use, by default all. ``memory_bytes``: decoded frames held at a time, by video; a
-    limit that splits a video changes scores in exact mode by rounding only, in the others as other boxes of the same
-    faces do.
+    ``device``: "auto", "cpu", "cuda", or a dfengine.runtime.Device, which the engine then owns. ``frames``: a sampling
+    policy, or a number N for uniform:N; ``mode``: "exact", "reference" or "keyframe" (see dfengine.sampling). Both
+    default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default one a core, or 16 on a
+    GPU. ``threads``: cores to use, by default all. ``memory_bytes``: decoded frames held at a time, by video; a limit
+    that splits a video changes scores in exact mode by rounding only, in the others as other boxes of the same faces
+    do.
+
+    Note [The GPU is shared by videos]
+    There is one main path. On a GPU each of ``workers`` threads goes along it with a video of its own and a stream of
+    its own, so that one video is decoded while another is searched for faces and a third is judged; what overlaps is
+    whole videos. Networks serve all threads and put rows of several videos into one batch (dfengine.runtime.batching).
     """
 
     def __init__(
         self,
         bundle: PathLikeStr | Bundle = "default",
         *,
-        device: str = "auto",
+        device: str | Device = "auto",
         frames: str | int | None = None,
         mode: str | None = None,
         workers: int | None = None,
@@ -53,16 +63,17 @@ class Engine:
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
     ) -> None:
         self.bundle = Bundle.load(bundle)
-        self.device = resolve_device(device)
         self.plan = make_plan(self.bundle, frames=frames, mode=mode)
         self.cores = threads if threads is not None else usable_cores()
-        self.workers = workers if workers is not None else self.cores
-        if self.workers < 1:
-            raise OptionError(f"workers must be at least 1, got {self.workers}")
+        if workers is not None and workers < 1:
+            raise OptionError(f"workers must be at least 1, got {workers}")
         self._memory_bytes = memory_bytes
+        self._device = open_device(device) if isinstance(device, str) else device
+        self.device = self._device.name
+        self.workers = workers or default_workers(self._device.gpu is not None, self.cores)
         self._nets: tuple[Detector, Backbone] | None = (
-            Detector(self.bundle.detector, threads=self.cores),
-            Backbone(self.bundle, threads=self.cores),
+            Detector(self.bundle.detector, device=self._device, threads=self.cores),
+            Backbone(self.bundle, device=self._device, threads=self.cores),
         )
 
     def __enter__(self) -> Engine:
@@ -72,8 +83,12 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Frees the networks. The engine cannot be used afterwards: that raises RuntimeError."""
+        """Frees the networks and the device. Not while a video is being scored.
+
+        The engine cannot be used afterwards: that raises RuntimeError.
+        """
         self._nets = None
+        self._device.close()
 
     def score(
         self, path: PathLikeStr, *, plan: Plan | None = None, on_stage: Callable[[str], None] | None = None
@@ -126,9 +141,11 @@ class Engine:
             "bundle": self.bundle.name,
             "bundle_digest": self.bundle.digest,
             "device": self.device,
+            "runtime": self._device.runtime,
         }
         try:
-            known |= self._main_path(path, threads, plan, watch, known, *self._nets)
+            with self._device.lane():
+                known |= self._main_path(path, threads, plan, watch, known, *self._nets)
         except DfengineError as error:
             known |= _failed(type(error).__name__, error.stage or watch.stage, error.message)
         except MemoryError:
@@ -166,10 +183,10 @@ class Engine:
                     sounds[member.name] = load_log_mel(path, member.audio)
         clips = backbone.clips({name: sound.log_mel for name, sound in sounds.items()}, only=plan.members)
         with video:
-            known["decoder"] = video.name
+            known |= _how_decoded(video)
             for frames in watch.each("decode", video.frames(policy, mode, memory_bytes=self._memory_bytes)):
                 sampled += len(frames)
-                known["frames_decoded"] = video.frames_decoded
+                known |= _how_decoded(video)
                 with watch("detect"):
                     faces = detector.detect(frames.images, stride=stride)
                 with watch("track"):
@@ -180,13 +197,13 @@ class Engine:
 
                 def make_crops(spec: ModelSpec, part: slice, images: Any = frames.images, rows: Tracks = rows) -> Crops:
                     with watch("crop"):
-                        return crop_tracks(images, rows[part], spec, threads=threads)
+                        return crop_tracks(images, rows[part], spec, dtype=self._device.dtype, threads=threads)
 
                 with watch("backbone"):
                     logits.append(backbone.run(len(rows), make_crops, only=plan.members))
                     clips.add(rows, make_crops)
                 parts.append(rows)
-            known["frames_decoded"] = video.frames_decoded
+            known |= _how_decoded(video)
             deaf = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing is not None)
             known["warnings"] = (*video.warnings, *deaf)
         with watch("backbone"):
@@ -216,6 +233,11 @@ def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | No
         mode=parse_mode(mode) if mode is not None else bundle.sampling_mode,
         members=tuple(m.name for m in bundle.members),
     )
+
+
+def default_workers(on_gpu: bool, cores: int) -> int:
+    """Videos in work at a time, unless told."""
+    return GPU_WORKERS if on_gpu else cores
 
 
 def usable_cores() -> int:
@@ -254,6 +276,15 @@ class _Watch:
             if item is None:
                 return
             yield item
+
+
+def _how_decoded(video: Any) -> dict[str, Any]:
+    """What is known of the decoding so far; a video may change decoders on the way."""
+    return {
+        "decoder": video.name,
+        "fallback_reason": video.fallback_reason or None,
+        "frames_decoded": video.frames_decoded,
+    }
 
 
 def _failed(kind: str, stage: str, message: str) -> dict[str, Any]:

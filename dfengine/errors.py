@@ -12,6 +12,7 @@
     ├── OptionError                (ValueError) an option or a policy that cannot be understood
     ├── DeviceError                (RuntimeError) the device or a package it needs cannot be had here
     ├── InferenceError             (RuntimeError) a network failed to run
+    ├── DeviceMemoryError          (MemoryError) the memory of a GPU ran out, with smaller batches too
     ├── OutputError                (OSError) results cannot be written: disk full, folder gone, not a file of ours
     ├── WorkerCrashed              (RuntimeError) the process that scored a video died, twice; a row
     ├── VideoTimeout               (TimeoutError) a video took longer than it may, twice; a row
@@ -30,6 +31,7 @@ __all__ = [
     "DeadlineExceeded",
     "DecodeError",
     "DeviceError",
+    "DeviceMemoryError",
     "DfengineError",
     "InferenceError",
     "InputError",
@@ -106,6 +108,10 @@ class DeviceError(DfengineError, RuntimeError):
 
 class InferenceError(DfengineError, RuntimeError):
     """A network failed to run."""
+
+
+class DeviceMemoryError(DfengineError, MemoryError):
+    """The memory of a GPU ran out."""
 
 
 class OutputError(DfengineError, OSError):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,26 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
+
+
+class DeviceMemory(Protocol):
+    """An array on a GPU: what dfengine.cuda.DeviceArray is to the stages."""
+
+    pointer: int
+    lane: Any  # the dfengine.cuda.Lane in the order of whose stream it is written
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    nbytes: int
+
+    def __len__(self) -> int: ...
+
+
+Array = NDArray[Any] | DeviceMemory
+
+
+def on_device(array: Array) -> TypeGuard[DeviceMemory]:
+    return not isinstance(array, np.ndarray)
+
 
 LANDMARKS = 5  # left eye, right eye, nose, left and right corner of the mouth, as seen in the picture
 
@@ -34,13 +54,14 @@ def _check(array: NDArray[Any], name: str, dtype: Any, shape: tuple[int | None, 
 class Image:
     """One decoded picture as the decoder left it; nothing is converted or copied.
 
-    ``components``: (Y,) or (Y, Cb, Cr) or (R, G, B), each (H, W) uint8 or uint16, strided views allowed; chroma
-    is smaller by ``subsampling_xy``. ``bit_depth``: of the samples; MSB-aligned P010 counts as 16.
+    ``components``: (Y,) or (Y, Cb, Cr) or (R, G, B), each (H, W) uint8 or uint16, strided views allowed, all in main
+    memory or all on one GPU; chroma is smaller by ``subsampling_xy``. ``bit_depth``: of the samples; MSB-aligned P010
+    counts as 16.
     ``matrix``: "bt601", "bt709", "bt2020", "smpte240m", "fcc", "ycgco", "rgb" or "gray".
     ``rotation``: degrees clockwise (0, 90, 180, 270) that make the picture upright.
     """
 
-    components: tuple[NDArray[Any], ...]
+    components: tuple[Array, ...]
     bit_depth: int = 8
     matrix: str = "bt601"
     full_range: bool = False
@@ -165,14 +186,14 @@ class Tracks:
 class Crops:
     """Network input, with the identity of each row: rows of several videos may share a batch."""
 
-    batch: NDArray[np.floating[Any]]  # (B, 3, H, W) RGB, normalised
+    batch: Array  # (B, 3, H, W) RGB, normalised
     video: I64  # (B,)
     track_id: I64  # (B,)
     index: I64  # (B,), frame, in the order of presentation
 
     def __post_init__(self) -> None:
         n = len(self.batch)
-        if self.batch.ndim != 4 or self.batch.shape[1] != 3:
+        if len(self.batch.shape) != 4 or self.batch.shape[1] != 3:
             raise ValueError(f"batch must have shape (B, 3, H, W), got {self.batch.shape}")
         for name in ("video", "track_id", "index"):
             _check(getattr(self, name), name, np.int64, (n,))
@@ -230,8 +251,10 @@ class VideoScore:
     ``p_fake`` is the probability that a face in the video was manipulated, in [0, 1]; it is None unless ``status``
     is "ok". "Could not tell" is a status, never 0.5. ``logit`` is log(p / (1 - p)) of the calibrated score.
     ``timings`` are wall-clock seconds by stage. ``sampling``, ``mode`` and the keys of ``members`` say what was spent
-    on it; ``bundle_digest`` is that of the Bundle. ``request`` is set in batches only: a hash of the file's path, size
-    and time of change and of what was asked for; a resumed run skips rows with the same one.
+    on it; ``bundle_digest`` is that of the Bundle. ``runtime`` is what ran the networks, with the reason where it was
+    not the first choice; ``fallback_reason`` says why a video was decoded on the CPU although there is a GPU.
+    ``request`` is set in batches only: a hash of the file's path, size and time of change and of what was asked for; a
+    resumed run skips rows with the same one.
     """
 
     path: str
@@ -249,6 +272,7 @@ class VideoScore:
     bundle: str = ""
     bundle_digest: str = ""
     device: str = ""
+    runtime: str = ""
     decoder: str = ""
     fallback_reason: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)

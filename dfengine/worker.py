@@ -1,4 +1,6 @@
-"""A process that scores one video at a time: its own main loop, and its parent's handle on it.
+"""Processes that score videos: their main loop, and their parent's handle on them.
+
+A process has one Worker, which scores a video at a time; on a GPU it has many, since they share what is on it.
 
 Native code that crashes, hangs or eats all memory costs only the process it is in. The two sides talk over a socket
 pair; the parent never blocks on it, so that a worker in any state can be given up. A worker whose parent is gone ends
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,12 +50,16 @@ OOM_SCORE_ADJ = 500
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to begin. ``make_scorer(bundle, device, threads)`` is called in the worker, once."""
+    """What a process needs to begin. ``make_scorer(bundle, device, threads)`` is called in it, once.
+
+    What that returns is called by ``workers`` threads.
+    """
 
     bundle: Bundle
     device: str
     threads: int
     make_scorer: Callable[[Bundle, str, int], Scorer]
+    workers: int = 1
     log_level: int = logging.WARNING
 
 
@@ -65,25 +72,45 @@ class Task:
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker waits for a task."""
+    """The workers wait for tasks."""
 
 
 @dataclass(frozen=True)
 class StartFailed:
-    """The worker cannot score anything, and says why."""
+    """The process cannot score anything, and says why."""
 
     error: DfengineError
 
 
 @dataclass(frozen=True)
 class Died:
-    """The worker is gone. ``how`` completes the sentence "the process ..."."""
+    """The process is gone. ``how`` completes the sentence "it ..."."""
 
     how: str
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    worker: Worker
+    score: VideoScore
+
+
+# What goes over the wire; ``worker`` is the number of one in its process.
+@dataclass(frozen=True)
+class _Given:
+    worker: int
+    task: Task
+
+
+@dataclass(frozen=True)
+class _Result:
+    worker: int
+    score: VideoScore
+
+
 @dataclass(frozen=True)
 class _Stage:
+    worker: int
     name: str
 
 
@@ -94,7 +121,7 @@ class _Log:
     text: str
 
 
-Message = Ready | StartFailed | Died | VideoScore
+Message = Ready | StartFailed | Died | Scored
 
 
 def engine_scorer(bundle: Bundle, device: str, threads: int) -> Scorer:
@@ -103,7 +130,7 @@ def engine_scorer(bundle: Bundle, device: str, threads: int) -> Scorer:
     return lambda path, plan, on_stage: engine.score(path, plan=plan, on_stage=on_stage)
 
 
-class Worker:
+class Process:
     """The parent's handle. Starting one does not wait for it: a Ready or StartFailed follows from ``receive``."""
 
     def __init__(self, setup: Setup) -> None:
@@ -120,11 +147,8 @@ class Worker:
         self._channel = _Channel(ours)
         self._channel.send(setup)
         self.ready = False
-        self.task: Task | None = None
         self.tasks_given = 0
-        self.stage = ""
-        self.timings: dict[str, float] = {}
-        self.started = self._stage_since = 0.0
+        self.workers = tuple(Worker(self, number) for number in range(setup.workers))
 
     def fileno(self) -> int:
         return self._channel.fileno()
@@ -133,55 +157,46 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def give(self, task: Task) -> None:
-        """Hands a task to an idle worker. If it is dead, ``receive`` will tell."""
-        self.task, self.stage, self.timings = task, "", {}
-        self.tasks_given += 1
-        self.started = self._stage_since = time.monotonic()
-        with suppress(OSError):
-            self._channel.send(task)
-
-    def seconds(self) -> float:
-        """Since the last task was given."""
-        return time.monotonic() - self.started
-
     def receive(self) -> list[Message]:
-        """What the worker has said since; never blocks. The last one may be Died."""
+        """What it has said since; never blocks. The last message may be Died."""
         said, closed = self._channel.receive_available()
         messages: list[Message] = []
         for message in said:
             match message:
                 case _Stage():
-                    self._count_stage()
-                    self.stage = message.name
+                    self.workers[message.worker].begin_stage(message.name)
                 case _Log():
                     logging.getLogger(message.logger).log(message.level, "%s", message.text)
                 case Ready():
                     self.ready = True
                     messages.append(message)
-                case VideoScore():
-                    self.task = None
-                    messages.append(message)
+                case _Result():
+                    worker = self.workers[message.worker]
+                    worker.task = None
+                    messages.append(Scored(worker, message.score))
                 case StartFailed():
                     messages.append(message)
         if closed:
-            self._count_stage()
+            self._count_stages()
             messages.append(Died(self._how_it_ended()))
         return messages
 
+    def send(self, worker: Worker, task: Task) -> None:
+        self.tasks_given += 1
+        with suppress(OSError):
+            self._channel.send(_Given(worker.number, task))
+
     def kill(self) -> None:
         """Ends the process now. One that cannot be killed (waiting for a dead file server) is left behind."""
-        self._count_stage()
+        self._count_stages()
         self._process.kill()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         self._channel.close()
 
-    def _count_stage(self) -> None:
-        now = time.monotonic()
-        if self.task is not None and self.stage:
-            self.timings[self.stage] = self.timings.get(self.stage, 0.0) + now - self._stage_since
-        self._stage_since = now
+    def _count_stages(self) -> None:
+        for worker in self.workers:
+            worker.begin_stage(worker.stage)
 
     def _how_it_ended(self) -> str:
         try:
@@ -196,12 +211,41 @@ class Worker:
             return f"was killed by signal {-code}"
 
 
+class Worker:
+    """What scores one video at a time in a process."""
+
+    def __init__(self, process: Process, number: int) -> None:
+        self.process = process
+        self.number = number
+        self.task: Task | None = None
+        self.stage = ""
+        self.timings: dict[str, float] = {}
+        self._started = self._stage_since = 0.0
+
+    def give(self, task: Task) -> None:
+        """Hands a task to an idle worker. If its process is dead, ``receive`` will tell."""
+        self.task, self.stage, self.timings = task, "", {}
+        self._started = self._stage_since = time.monotonic()
+        self.process.send(self, task)
+
+    def seconds(self) -> float:
+        """Since the last task was given."""
+        return time.monotonic() - self._started
+
+    def begin_stage(self, name: str) -> None:
+        now = time.monotonic()
+        if self.task is not None and self.stage:
+            self.timings[self.stage] = self.timings.get(self.stage, 0.0) + now - self._stage_since
+        self._stage_since, self.stage = now, name
+
+
 class _Channel:
     """Pickled objects over a socket, each behind its length. Sending is thread-safe."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._unread = bytearray()
+        self._parsed: list[Any] = []
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
@@ -217,10 +261,10 @@ class _Channel:
 
     def receive(self) -> Any:
         """Waits for one object. Raises EOFError when the other side is gone."""
-        while not (values := self._parse()):
+        while not self._parsed:
             self._read(0)
-        (value,) = values  # the parent sends one task, then waits for its result
-        return value
+            self._parsed += self._parse()
+        return self._parsed.pop(0)
 
     def receive_available(self) -> tuple[list[Any], bool]:
         """What has arrived, without waiting; and whether the other side is gone."""
@@ -249,7 +293,7 @@ class _Channel:
         return values
 
 
-# -- inside the worker -------------------------------------------------------------------------------------------------
+# -- inside the process ------------------------------------------------------------------------------------------------
 
 
 def main(fd: int) -> None:
@@ -257,7 +301,7 @@ def main(fd: int) -> None:
     channel = _Channel(socket.socket(fileno=fd))
     try:
         setup: Setup = channel.receive()
-        tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        tasks = [queue.SimpleQueue[Task]() for _ in range(setup.workers)]
         threading.Thread(target=_feed, args=(channel, tasks), daemon=True).start()
         _prepare(channel, setup.log_level)
         try:
@@ -266,21 +310,54 @@ def main(fd: int) -> None:
             channel.send(StartFailed(error))
             return
         channel.send(Ready())
-        while True:
-            task = tasks.get()
-            signal.setitimer(signal.ITIMER_REAL, task.timeout_seconds + LAST_RESORT_SECONDS)  # SIGALRM kills
-            result = score(task.path, task.plan, lambda stage: channel.send(_Stage(stage)))
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            channel.send(result)
     except (EOFError, BrokenPipeError, ConnectionResetError):  # there is nobody left to score for
         return
+    alarm = _Alarm()
+    for number in range(1, setup.workers):
+        arguments = (channel, number, tasks[number], score, alarm)
+        threading.Thread(target=_work, args=arguments, daemon=True, name=f"dfengine-{number}").start()
+    _work(channel, 0, tasks[0], score, alarm)
 
 
-def _feed(channel: _Channel, tasks: queue.SimpleQueue[Task]) -> None:
+def _work(channel: _Channel, number: int, tasks: queue.SimpleQueue[Task], score: Scorer, alarm: _Alarm) -> None:
+    """The main loop of a worker. Whatever is raised ends the process."""
+    try:
+        while True:
+            task = tasks.get()
+            alarm.set(number, task.timeout_seconds + LAST_RESORT_SECONDS)
+            result = score(task.path, task.plan, lambda stage: channel.send(_Stage(number, stage)))
+            alarm.set(number, 0)
+            channel.send(_Result(number, result))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+class _Alarm:
+    """Ends the process (SIGALRM) when the last of the times that its workers have set is over."""
+
+    def __init__(self) -> None:
+        self._at: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    def set(self, worker: int, seconds: float) -> None:
+        """0: the worker is idle."""
+        now = time.monotonic()
+        with self._lock:
+            self._at.pop(worker, None)
+            if seconds:
+                self._at[worker] = now + seconds
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, max(self._at.values()) - now) if self._at else 0.0)
+
+
+def _feed(channel: _Channel, tasks: list[queue.SimpleQueue[Task]]) -> None:
     """Takes in tasks; when the parent is gone, ends the process whatever it is doing."""
     try:
         while True:
-            tasks.put(channel.receive())
+            given: _Given = channel.receive()
+            tasks[given.worker].put(given.task)
     except (EOFError, OSError):
         os._exit(0)
 

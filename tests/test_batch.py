@@ -23,7 +23,7 @@ from dfengine.bundle import Bundle
 from dfengine.engine import usable_cores
 from dfengine.errors import DeviceError, OptionError, WorkerCrashed
 from dfengine.types import Plan, VideoScore
-from dfengine.worker import Died, Setup, Task, Worker
+from dfengine.worker import Died, Process, Scored, Setup, Task
 
 
 @pytest.fixture
@@ -173,23 +173,74 @@ def test_many_crashes_and_hangs(bundle: Bundle, fakes: Path, tmp_path: Path) -> 
 
 def test_a_result_that_was_sent_is_kept_when_its_worker_dies(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
     (path,) = make_files(tmp_path / "v", "ok-1")
-    worker = Worker(Setup(bundle, "cpu", 1, fake_scorers.make))
+    process = Process(Setup(bundle, "cpu", 1, fake_scorers.make))
     try:
-        wait_until(lambda: bool(worker.receive()))
-        worker.give(Task(path, Plan("uniform:8", "reference", ("mean",)), 60))
-        with socket.socket(fileno=os.dup(worker.fileno())) as arrived:
+        wait_until(lambda: bool(process.receive()))
+        process.workers[0].give(Task(path, Plan("uniform:8", "reference", ("mean",)), 60))
+        with socket.socket(fileno=os.dup(process.fileno())) as arrived:
             wait_until(lambda: b"VideoScore" in arrived.recv(1 << 16, socket.MSG_PEEK))
-        os.kill(worker.pid, signal.SIGKILL)
-        wait_until(lambda: not alive(worker.pid))
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(process.pid))
         messages: list[object] = []
-        wait_until(lambda: bool(messages.extend(worker.receive())) or isinstance(messages[-1], Died))
-        score, died = messages
-        assert isinstance(score, VideoScore)
-        assert score.status == "ok"
+        wait_until(lambda: bool(messages.extend(process.receive())) or isinstance(messages[-1], Died))
+        scored, died = messages
+        assert isinstance(scored, Scored)
+        assert scored.score.status == "ok"
         assert isinstance(died, Died)
         assert died.how == "was killed by SIGKILL"
     finally:
-        worker.kill()
+        process.kill()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run believes that there is a GPU; the scorers are fakes."""
+    monkeypatch.setattr("dfengine.batch.resolve_device", lambda device: "cuda")
+
+
+def pids_of(fakes: Path) -> set[int]:
+    return {int(line.split()[2]) for line in fakes.read_text().splitlines()}
+
+
+def test_on_a_gpu_one_process_scores_many_videos_at_a_time(
+    bundle: Bundle, fakes: Path, tmp_path: Path, on_gpu: None
+) -> None:
+    names = [f"0.5s-{i}" for i in range(6)]
+    rows = run(make_files(tmp_path / "v", *names), bundle, workers=6)
+    assert {r.status for r in rows.values()} == {"ok"}
+    assert set(rows) == set(names)
+    assert len(pids_of(fakes)) == 1
+    events = [line.split()[0] for line in fakes.read_text().splitlines()]
+    assert events[:6] == ["begin"] * 6  # all at once
+
+
+def test_on_a_gpu_16_videos_are_in_work_unless_told(bundle: Bundle, fakes: Path, on_gpu: None) -> None:
+    assert Batch([], bundle=bundle, make_scorer=fake_scorers.make).workers == 16
+
+
+def test_on_a_gpu_crashes_and_hangs_cost_only_their_own_videos(
+    bundle: Bundle, fakes: Path, tmp_path: Path, on_gpu: None
+) -> None:
+    """Those that shared the process are scored again."""
+    names = [f"{kind}-{i}" for i in range(2) for kind in ("SIGSEGV", "0.2s", "hang", "ok", "error")]
+    rows = run(make_files(tmp_path / "v", *names), bundle, workers=4, timeout_seconds=1.5)
+    got = {n: r.error.type if r.error else r.status for n, r in rows.items()}
+    expected = {"SIGSEGV": "WorkerCrashed", "hang": "VideoTimeout", "error": "DecodeError"}
+    assert got == {n: expected.get(n.split("-")[0], "ok") for n in names}
+
+
+def test_on_a_gpu_a_hang_is_no_fault_of_its_neighbours(
+    bundle: Bundle, fakes: Path, tmp_path: Path, on_gpu: None
+) -> None:
+    names = ["hang-1", *(f"0.9s-{i}" for i in range(6))]
+    rows = run(make_files(tmp_path / "v", *names), bundle, workers=2, timeout_seconds=2)
+    assert [rows[n].status for n in names] == ["error"] + ["ok"] * 6
+    log = fakes.read_text().splitlines()
+    alone = [line for line in log if line.startswith("begin hang")]
+    assert len(alone) == 2
+    assert (
+        sum(line.startswith("begin 0.9s") for line in log) == 7
+    )  # one of them twice: it ran when the process was ended
 
 
 def test_workers_end_when_their_parent_is_killed(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:

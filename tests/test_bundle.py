@@ -25,7 +25,7 @@ from dfengine.bundle import (
     to_json,
 )
 from dfengine.errors import BundleError, BundleNotFound, InferenceError
-from dfengine.runtime import make_session
+from dfengine.runtime import CpuDevice
 
 WEIGHTS = b"stands for an ONNX file: loading a bundle does not parse it"
 PACKAGED_NAMES = sorted(p.parent.name for p in PACKAGED.glob("*/bundle.json"))
@@ -100,7 +100,7 @@ def test_packaged_bundles(name):
     listed = {"bundle.json", *(m.file for m in bundle.members)}
     assert {p.name for p in bundle.folder.iterdir() if p.suffix in (".onnx", ".json")} == listed
     for m in bundle.members:
-        assert make_session(bundle, m.name, threads=1).name == f"{name}/{m.name}"
+        assert CpuDevice().session(bundle, m.name, threads=1).name == f"{name}/{m.name}"
 
 
 def test_the_detector_is_packaged():
@@ -301,7 +301,7 @@ def test_a_file_that_changes_after_loading(tmp_path):
     bundle = Bundle.load(write(tmp_path, minimal()))
     (tmp_path / "m.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match="has sha256"):
-        make_session(bundle, "m", threads=1)
+        CpuDevice().session(bundle, "m", threads=1)
 
 
 @pytest.mark.parametrize("sha256", ["", "0" * 64, hashlib.sha256(WEIGHTS).hexdigest()[:-1]])
@@ -416,5 +416,5 @@ def test_a_pickle_as_weights_is_no_network(tmp_path):
     folder = write(tmp_path / "bundle", with_member(sha256=hashlib.sha256(bomb).hexdigest()), files=[])
     (folder / "m.onnx").write_bytes(bomb)
     with pytest.raises(InferenceError, match="network tiny/m cannot be compiled"):
-        make_session(Bundle.load(folder), "m", threads=1)
+        CpuDevice().session(Bundle.load(folder), "m", threads=1)
     assert not (tmp_path / "exploded").exists()

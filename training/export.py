@@ -25,7 +25,7 @@ from dfengine.aggregate import sigmoid
 from dfengine.bundle import Bundle, Calibration, ModelSpec, from_plain, to_json
 from dfengine.engine import Engine
 from dfengine.errors import DfengineError
-from dfengine.runtime import make_session
+from dfengine.runtime import CpuDevice
 
 from .errors import ExportError
 from .evaluate import Trained, load_trained, make_bundle, make_evaluation_batches, predict, score_videos
@@ -107,7 +107,7 @@ def write_onnx(trained: Trained, folder: Path) -> ModelSpec:
 def check_logits(trained: Trained, bundle: Bundle, table: FaceTable) -> float:
     """The largest difference of a logit between torch and OpenVINO on crops of the table. Raises ExportError."""
     batches = make_evaluation_batches(table, trained, _some_split(table))
-    session = make_session(bundle, trained.name, threads=1)
+    session = CpuDevice().session(bundle, trained.name, threads=1)
     largest = 0.0
     for batch, _ in zip(batches.epoch(0), range(CHECKED_BATCHES), strict=False):
         inputs = [batch.x.numpy()] + ([] if batch.audio is None else [batch.audio.numpy()])

@@ -66,6 +66,7 @@ class CpuVideo:
     """
 
     name = "pyav"
+    fallback_reason = ""
 
     def __init__(self, path: PathLikeStr, *, threads: int = 1) -> None:
         self.path = path

@@ -1,16 +1,20 @@
-"""Running networks: a Session takes a batch and returns its outputs."""
+"""Where networks run: a Device compiles them to Sessions, and a Session takes a batch and returns its outputs."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle
-from dfengine.errors import DeviceError, OptionError
+from dfengine.errors import DeviceError, DeviceMemoryError, OptionError
+from dfengine.types import Array
 
-__all__ = ["Session", "make_session", "resolve_device"]
+__all__ = ["CpuDevice", "Device", "Session", "in_halves_if_need_be", "open_device", "resolve_device"]
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -20,30 +24,85 @@ class Session(Protocol):
 
     name: str
 
-    def run(self, *inputs: NDArray[Any]) -> list[NDArray[np.float32]]:
-        """Runs a batch: the network's inputs in order, each (B, ...) float32; each output has B rows. B may be 0.
+    def run(self, *inputs: Array) -> list[NDArray[np.float32]]:
+        """Runs a batch: the network's inputs in order, each (B, ...), of the device's dtype; B may be 0.
 
-        Raises InferenceError.
+        The outputs have B rows each and are in main memory, whatever the device. Raises InferenceError, and
+        DeviceMemoryError on a GPU.
         """
 
 
+class Device(Protocol):
+    """What the networks of one engine run on. Thread-safe."""
+
+    name: str  # "cpu" or "cuda:0"
+    runtime: str  # what runs the networks there, its version, and why it was chosen over others if it was
+    dtype: Literal["float32", "float16"]  # of network input
+    gpu: Any  # the dfengine.cuda.Gpu, None on the CPU
+
+    def session(self, bundle: Bundle, member: str, *, threads: int) -> Session:
+        """Compiles a member of a bundle; on the CPU to run on up to ``threads`` cores at a time."""
+
+    def lane(self) -> AbstractContextManager[Any]:
+        """What a thread holds while it scores a video: a dfengine.cuda.Lane, or None on the CPU."""
+
+    def close(self) -> None: ...
+
+
+class CpuDevice:
+    """The CPU, with OpenVINO."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.runtime = f"openvino {metadata.version('openvino')}"
+        self.dtype: Literal["float32", "float16"] = "float32"
+        self.gpu = None
+
+    def session(self, bundle: Bundle, member: str, *, threads: int = 1) -> Session:
+        """See Device.session."""
+        from dfengine.runtime.openvino import OpenVinoSession
+
+        spec = bundle.member(member)
+        return OpenVinoSession(
+            f"{bundle.name}/{member}", bundle.onnx_bytes(spec), threads=threads, precision=spec.precision
+        )
+
+    def lane(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def close(self) -> None:
+        pass
+
+
 def resolve_device(device: str) -> str:
-    """Turns "auto" into what this machine has. Raises DeviceError or OptionError."""
+    """Turns "auto" into what this machine has, "cpu" or "cuda". Raises DeviceError or OptionError."""
+    from dfengine.runtime.gpu import why_no_gpu
+
     if device not in DEVICES:
         raise OptionError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
-    if device == "cuda":
-        raise DeviceError(
-            "device 'cuda' cannot be had: this build of dfengine has no GPU path; use --device cpu or auto",
-            stage="device",
-        )
-    return "cpu"
+    if device == "cpu":
+        return "cpu"
+    missing = why_no_gpu()
+    if missing and device == "cuda":
+        raise DeviceError(f"device 'cuda' cannot be had: {missing}; or use --device cpu", stage="device")
+    return "cpu" if missing else "cuda"
 
 
-def make_session(bundle: Bundle, member: str, *, threads: int) -> Session:
-    """Compiles a member of a bundle for the CPU, to run on up to ``threads`` cores at a time."""
-    from dfengine.runtime.openvino import OpenVinoSession
+def open_device(device: str) -> Device:
+    """Opens what ``resolve_device`` names. Raises DeviceError or OptionError."""
+    resolve_device(device)
+    return CpuDevice()
 
-    spec = bundle.member(member)
-    return OpenVinoSession(
-        f"{bundle.name}/{member}", bundle.onnx_bytes(spec), threads=threads, precision=spec.precision
-    )
+
+def in_halves_if_need_be(run: Callable[[int, int], None], start: int, stop: int) -> None:
+    """Calls ``run(start, stop)``; where the memory of a GPU does not suffice for that, for both halves, once."""
+    try:
+        run(start, stop)
+        return
+    except DeviceMemoryError:
+        middle = (start + stop) // 2
+        if middle == start:
+            raise
+    run(start, middle)
+    run(middle, stop)

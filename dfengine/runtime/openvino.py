@@ -54,7 +54,7 @@ class OpenVinoSession:
         for _ in range(self._streams):
             self._idle.put(self._model.create_infer_request())
 
-    def run(self, *inputs: NDArray[Any]) -> list[NDArray[np.float32]]:
+    def run(self, *inputs: Any) -> list[NDArray[np.float32]]:
         """See Session.run."""
         count = len(inputs[0])
         if count == 0:

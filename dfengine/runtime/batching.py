@@ -1,0 +1,165 @@
+"""Sessions on a GPU: many threads share few execution contexts, and what waits is run together.
+
+Note [Who waits is served together]
+A network has a few executors (execution contexts), a video has a few dozen rows, and there are as many callers as
+videos in work. A caller that finds an executor idle takes it at once: nobody ever waits for a batch to fill. Callers
+that find none wait in line, and whoever gets the next one takes all in line whose rows fit into one batch with it. So
+batches are small while the GPU is idle and large when it is busy, without a timer, and no thread but the callers' own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfengine.errors import DeviceMemoryError, InferenceError
+from dfengine.types import Array, on_device
+
+Outputs = list[NDArray[np.float32]]
+
+
+class Executor(Protocol):
+    """One execution context of one network; used by one thread at a time, by any."""
+
+    max_batch: int
+
+    def run(self, parts: Sequence[tuple[Array, ...]], ready: Sequence[Any]) -> Outputs:
+        """Runs the rows of several callers as one batch, at most ``max_batch`` rows, and waits for it.
+
+        ``parts``: the network's inputs of each caller, (rows, ...), of equal trailing shapes. ``ready``: events that
+        the inputs are complete after. Returns the outputs for all rows, in order, in main memory. Raises InferenceError
+        and DeviceMemoryError.
+        """
+
+    def empty(self) -> Outputs:
+        """The outputs for no rows."""
+
+    def close(self) -> None: ...
+
+
+class _Request:
+    """Some rows of one caller."""
+
+    def __init__(self, inputs: tuple[Array, ...], ready: Any) -> None:
+        self.inputs = inputs
+        self.ready = ready  # None where the inputs are in main memory
+        self.rows = len(inputs[0])
+        self.key = tuple(x.shape[1:] for x in inputs)
+        self.outputs: Outputs | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.outputs is not None or self.error is not None
+
+
+class BatchingSession:
+    """A Session over executors. See Note [Who waits is served together]. Thread-safe.
+
+    When a batch runs out of memory, batches are at most half as large from then on, and its rows are tried once more
+    that way. Where that fails too, its callers get the DeviceMemoryError; no other does.
+    """
+
+    def __init__(self, name: str, executors: Sequence[Executor]) -> None:
+        self.name = name
+        self.max_batch = min(e.max_batch for e in executors)
+        self._executors = tuple(executors)
+        self._idle = list(executors)
+        self._line: deque[_Request] = deque()
+        self._changed = threading.Condition()
+
+    def run(self, *inputs: Array) -> Outputs:
+        """See Session.run."""
+        count = len(inputs[0])
+        if count == 0:
+            return self._executors[0].empty()
+        device = next((x for x in inputs if on_device(x)), None)
+        ready = device.lane.record() if device is not None else None
+        requests = [
+            _Request(tuple(x[start : start + self.max_batch] for x in inputs), ready)  # type: ignore[index]
+            for start in range(0, count, self.max_batch)
+        ]
+        with self._changed:
+            self._line.extend(requests)
+        for request in requests:
+            self._see_to(request)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return [np.concatenate(parts) for parts in zip(*(r.outputs or [] for r in requests), strict=True)]
+
+    def close(self) -> None:
+        for executor in self._executors:
+            executor.close()
+
+    def _see_to(self, request: _Request) -> None:
+        """Serves whoever is first in line until ``request`` is done, by this thread or another."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: request.done or (self._idle and self._line))
+                if request.done:
+                    return
+                executor, batch = self._idle.pop(), self._take()
+            try:
+                self._serve(executor, batch)
+            finally:
+                with self._changed:
+                    self._idle.append(executor)
+                    self._changed.notify_all()
+
+    def _take(self) -> list[_Request]:
+        """Removes the first in line, and those behind it that fit into one batch with it."""
+        batch = [self._line.popleft()]
+        rows, waiting = batch[0].rows, list(self._line)
+        for request in waiting:
+            if request.key == batch[0].key and rows + request.rows <= self.max_batch:
+                batch.append(request)
+                rows += request.rows
+                self._line.remove(request)
+        return batch
+
+    def _serve(self, executor: Executor, batch: list[_Request]) -> None:
+        try:
+            try:
+                outputs = _execute(executor, batch)
+            except DeviceMemoryError:
+                rows = sum(r.rows for r in batch)
+                if rows == 1:
+                    raise
+                self.max_batch = min(self.max_batch, max(1, rows // 2))
+                self._serve_in_pieces(executor, batch)
+                return
+        except BaseException as error:  # the others must not wait for ever, whatever it is
+            for request in batch:
+                request.error = error
+            if not isinstance(error, Exception):
+                raise
+            return
+        at = 0
+        for request in batch:
+            request.outputs = [out[at : at + request.rows] for out in outputs]
+            at += request.rows
+
+    def _serve_in_pieces(self, executor: Executor, batch: list[_Request]) -> None:
+        """Each caller's rows on their own, and no more than ``max_batch`` of them at a time."""
+        for request in batch:
+            size = self.max_batch
+            pieces = [
+                _Request(tuple(x[start : start + size] for x in request.inputs), request.ready)  # type: ignore[index]
+                for start in range(0, request.rows, size)
+            ]
+            try:
+                outputs = [_execute(executor, [piece]) for piece in pieces]
+            except (DeviceMemoryError, InferenceError) as error:
+                request.error = error
+            else:
+                request.outputs = [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _execute(executor: Executor, batch: list[_Request]) -> Outputs:
+    return executor.run([r.inputs for r in batch], [r.ready for r in batch if r.ready is not None])
