@@ -11,6 +11,7 @@
     │   └── BundleNotFound         (FileNotFoundError)
     ├── OptionError                (ValueError) an option or a policy that cannot be understood
     ├── DeviceError                (RuntimeError) the device or a package it needs cannot be had here
+    ├── DeviceMemoryError          (MemoryError) the GPU's memory is full
     ├── InferenceError             (RuntimeError) a network failed to run
     ├── OutputError                (OSError) results cannot be written: disk full, folder gone, not a file of ours
     ├── WorkerCrashed              (RuntimeError) the process that scored a video died, twice; a row
@@ -30,6 +31,7 @@ __all__ = [
     "DeadlineExceeded",
     "DecodeError",
     "DeviceError",
+    "DeviceMemoryError",
     "DfengineError",
     "InferenceError",
     "InputError",
@@ -102,6 +104,10 @@ class OptionError(DfengineError, ValueError):
 
 class DeviceError(DfengineError, RuntimeError):
     """The device, or a package it needs, cannot be had here."""
+
+
+class DeviceMemoryError(DfengineError, MemoryError):
+    """The GPU's memory is full."""
 
 
 class InferenceError(DfengineError, RuntimeError):
