@@ -16,6 +16,7 @@ on another stream is not covered by that, so who reads an array there keeps it u
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 import weakref
@@ -39,8 +40,8 @@ _SMALLEST = 256
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with stream 0, where torch works
 
-# The primary context of each GPU, which torch uses too. Never released: others may still need it, and the process's
-# end is early enough.
+# The primary context of each GPU, which torch uses too. Released by the end of the process only: PyCUDA's own way to do
+# it when the object dies is one for other contexts, and fails.
 _contexts: dict[int, Any] = {}
 _opening = threading.Lock()
 
@@ -89,6 +90,7 @@ class Gpu:
                 count = pycuda.Device.count()
                 if ordinal < count and ordinal not in _contexts:
                     _contexts[ordinal] = pycuda.Device(ordinal).retain_primary_context()
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_contexts[ordinal]))  # never dies
             except pycuda.Error as error:
                 raise DeviceError(
                     f"no GPU can be used: the driver says '{error}'; nvidia-smi must list the GPU, and in a container "

@@ -55,10 +55,10 @@ def test_lanes_are_ordered_by_events(gpu: Gpu) -> None:
 
 def test_memory_runs_out_with_a_message_and_comes_back(gpu: Gpu) -> None:
     with gpu.lane() as lane:
-        kept = lane.empty((1 << 28,), np.uint8)
+        kept = lane.empty((1 << 26,), np.uint8)
         del kept  # kept by the lane for later
         with pytest.raises(DeviceMemoryError, match=r"no room for \d+ MiB: \d+ of \d+ MiB are free"):
-            lane.empty((gpu.memory_bytes,), np.uint8)
+            lane.empty((2 * gpu.memory_bytes,), np.uint8)
         assert len(lane.download(lane.empty((1 << 20,), np.uint8))) == 1 << 20
 
 
