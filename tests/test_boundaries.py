@@ -25,11 +25,12 @@ MAY_IMPORT = {
     "types": set(),
     "errors": set(),
     "bundle": VALUES,
-    "runtime": VALUES | {"bundle"},
+    "cuda": VALUES,
+    "runtime": VALUES | {"bundle", "cuda"},
     "media": VALUES,
     "sampling": VALUES | {"bundle"},
     **{stage: VALUES | {"bundle", "runtime"} | COMPILED for stage in STAGES},
-    "decode": VALUES | {"bundle", "runtime", "sampling", "media"} | COMPILED,
+    "decode": VALUES | {"bundle", "cuda", "runtime", "sampling", "media"} | COMPILED,
     "audio": VALUES | {"bundle", "media"},
     "results": VALUES,
     "deadline": VALUES | {"bundle", "sampling"},
@@ -54,6 +55,7 @@ ELSEWHERE = {
     "torch": {"runtime"},
     "onnx2torch": {"runtime"},
     "pycuda": {"cuda"},
+    "cuda": {"cuda"},  # NVIDIA's cuda-bindings
     "PyNvVideoCodec": {"decode"},
 }
 ONLY_IN_FUNCTIONS = set(ELSEWHERE) - {"av", "typer", "rich"}
@@ -90,7 +92,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports(path):
     here = layer(path)
-    assert here in MAY_IMPORT or here == "cuda", f"{here} has no row in the table of boundaries"
+    assert here in MAY_IMPORT, f"{here} has no row in the table of boundaries"
     for module, in_function in imports(ast.parse(path.read_text("utf-8"))):
         top, _, rest = module.partition(".")
         if top == "dfengine":
