@@ -169,9 +169,7 @@ class Lane:
         shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         block = self._block(nbytes) if nbytes else None
-        return DeviceArray(
-            block.pointer if block else 0, shape, dtype, owner=block, stream=self.stream, available=nbytes
-        )
+        return DeviceArray(block.pointer if block else 0, shape, dtype, owner=block, lane=self, available=nbytes)
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """A copy of an array of the host; the array may be changed at once. Raises DeviceMemoryError."""
@@ -312,7 +310,7 @@ class DeviceArray:
     """Memory on the device, or a view of some; goes back to its lane when the last view dies (Note [Ownership]).
 
     Strides are in bytes, none is negative. Foreign memory is wrapped by giving its ``owner``, which is kept alive.
-    ``stream``: where the memory is being worked on. ``available``: bytes from ``pointer`` on that views may use.
+    ``lane``: on whose stream it is worked on. ``available``: bytes from ``pointer`` on that views may use.
     """
 
     def __init__(
@@ -323,7 +321,7 @@ class DeviceArray:
         *,
         strides: tuple[int, ...] | None = None,
         owner: object,
-        stream: int,
+        lane: Lane,
         available: int | None = None,
     ) -> None:
         self.pointer = int(pointer)
@@ -332,7 +330,7 @@ class DeviceArray:
         self.strides = tuple(strides) if strides is not None else _contiguous(self.shape, self.dtype.itemsize)
         if len(self.strides) != len(self.shape) or any(s < 0 for s in (*self.strides, *self.shape)):
             raise ValueError(f"strides {self.strides} do not fit shape {self.shape}; one each, none negative")
-        self.stream = stream
+        self.lane = lane
         self._owner = owner
         self._available = available if available is not None else self.span
         if self.span > self._available:
@@ -404,7 +402,7 @@ class DeviceArray:
         """Other eyes on the same memory, ``offset`` bytes from here. Raises ValueError where it would leave it."""
         return DeviceArray(
             self.pointer + offset, shape, dtype if dtype is not None else self.dtype, strides=strides,
-            owner=self._owner, stream=self.stream, available=self._available - offset,
+            owner=self._owner, lane=self.lane, available=self._available - offset,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -428,7 +426,7 @@ class DeviceArray:
             "typestr": self.dtype.str,
             "data": (self.pointer, False),
             "strides": self.strides,
-            "stream": self.stream,
+            "stream": self.lane.stream,
         }
 
 

@@ -11,7 +11,6 @@
     │   └── BundleNotFound         (FileNotFoundError)
     ├── OptionError                (ValueError) an option or a policy that cannot be understood
     ├── DeviceError                (RuntimeError) the device or a package it needs cannot be had here
-    ├── DeviceMemoryError          (MemoryError) the GPU's memory is full
     ├── InferenceError             (RuntimeError) a network failed to run
     ├── DeviceMemoryError          (MemoryError) the memory of a GPU ran out, with smaller batches too
     ├── OutputError                (OSError) results cannot be written: disk full, folder gone, not a file of ours
@@ -105,10 +104,6 @@ class OptionError(DfengineError, ValueError):
 
 class DeviceError(DfengineError, RuntimeError):
     """The device, or a package it needs, cannot be had here."""
-
-
-class DeviceMemoryError(DfengineError, MemoryError):
-    """The GPU's memory is full."""
 
 
 class InferenceError(DfengineError, RuntimeError):

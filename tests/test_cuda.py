@@ -192,8 +192,8 @@ def test_a_failed_capture_leaves_a_lane_that_works(gpu: FakeGpu) -> None:
 
 def test_foreign_memory_is_wrapped_with_its_owner(gpu: FakeGpu) -> None:
     memory = np.arange(20, dtype=np.uint8)
-    surface = DeviceArray(memory.ctypes.data, (4, 4), np.uint8, strides=(5, 1), owner=memory, stream=7)
     with gpu.lane() as lane:
+        surface = DeviceArray(memory.ctypes.data, (4, 4), np.uint8, strides=(5, 1), owner=memory, lane=lane)
         own = lane.empty((4, 4), np.uint8)
         lane.copy(surface, own)
         assert np.array_equal(lane.download(own), memory.reshape(4, 5)[:, :4])
