@@ -17,9 +17,9 @@ from dfengine.audio import Sound, load_log_mel
 from dfengine.backbone import Backbone
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.crop import crop_tracks
-from dfengine.decode import DEFAULT_MEMORY_BYTES, open_video
+from dfengine.decode import DEFAULT_MEMORY_BYTES, DecoderPool, Video, open_video
 from dfengine.detect import Detector
-from dfengine.errors import DfengineError, OptionError, display_path
+from dfengine.errors import DeviceError, DfengineError, OptionError, display_path
 from dfengine.runtime import Device, open_device
 from dfengine.sampling import Policy, parse_mode
 from dfengine.track import Linker, select
@@ -68,6 +68,7 @@ class Engine:
             raise OptionError(f"workers must be at least 1, got {workers}")
         self._memory_bytes = memory_bytes
         self._device = open_device(device) if isinstance(device, str) else device
+        self._decoders, self._no_decoders = _make_decoders(self._device)
         self.device = self._device.name
         self.workers = workers or default_workers(self._device.gpu is not None, self.cores)
         self._nets: tuple[Detector, Backbone] | None = (
@@ -87,6 +88,8 @@ class Engine:
         The engine cannot be used afterwards: that raises RuntimeError.
         """
         self._nets = None
+        if self._decoders is not None:
+            self._decoders.close()
         self._device.close()
 
     def score(
@@ -143,8 +146,8 @@ class Engine:
             "runtime": self._device.runtime,
         }
         try:
-            with self._device.lane():
-                known |= self._main_path(path, threads, plan, watch, known, *self._nets)
+            with self._device.lane() as lane:
+                known |= self._main_path(path, threads, plan, watch, known, lane, *self._nets)
         except DfengineError as error:
             known |= _failed(type(error).__name__, error.stage or watch.stage, error.message)
         except MemoryError:
@@ -163,6 +166,7 @@ class Engine:
         plan: Plan,
         watch: _Watch,
         known: dict[str, Any],
+        lane: Any,
         detector: Detector,
         backbone: Backbone,
     ) -> dict[str, Any]:
@@ -174,7 +178,7 @@ class Engine:
         sampled = 0
         stride = 1 if mode == "exact" else self.bundle.detector.stride
         with watch("decode"):
-            video = open_video(path, threads=threads)
+            video = open_video(path, threads=threads, lane=lane, pool=self._decoders)
         sounds: dict[str, Sound] = {}
         for member in self.bundle.members:
             if member.kind == "audio" and member.name in plan.members:
@@ -182,10 +186,10 @@ class Engine:
                     sounds[member.name] = load_log_mel(path, member.audio)
         clips = backbone.clips({name: sound.log_mel for name, sound in sounds.items()}, only=plan.members)
         with video:
-            known |= _how_decoded(video)
+            known |= self._how_decoded(video)
             for frames in watch.each("decode", video.frames(policy, mode, memory_bytes=self._memory_bytes)):
                 sampled += len(frames)
-                known |= _how_decoded(video)
+                known |= self._how_decoded(video)
                 with watch("detect"):
                     faces = detector.detect(frames.images, stride=stride)
                 with watch("track"):
@@ -202,7 +206,7 @@ class Engine:
                     logits.append(backbone.run(len(rows), make_crops, only=plan.members))
                     clips.add(rows, make_crops)
                 parts.append(rows)
-            known |= _how_decoded(video)
+            known |= self._how_decoded(video)
             deaf = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing is not None)
             known["warnings"] = (*video.warnings, *deaf)
         with watch("backbone"):
@@ -224,6 +228,14 @@ class Engine:
             "frames_scored": len(np.unique(tracks.index[order])),
         }
 
+    def _how_decoded(self, video: Video) -> dict[str, Any]:
+        """What is known of the decoding so far; a video may change decoders on the way."""
+        return {
+            "decoder": video.name,
+            "fallback_reason": video.fallback_reason or self._no_decoders or None,
+            "frames_decoded": video.frames_decoded,
+        }
+
 
 def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | None = None) -> Plan:
     """What is asked for: the bundle's own sampling where nothing is given, and all members. Raises OptionError."""
@@ -232,6 +244,16 @@ def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | No
         mode=parse_mode(mode) if mode is not None else bundle.sampling_mode,
         members=tuple(m.name for m in bundle.members),
     )
+
+
+def _make_decoders(device: Device) -> tuple[DecoderPool | None, str]:
+    """The decoders of a GPU, or why videos are decoded on the CPU all the same."""
+    if device.gpu is None:
+        return None, ""
+    try:
+        return DecoderPool(device.gpu), ""
+    except DeviceError as error:
+        return None, error.message
 
 
 def default_workers(on_gpu: bool, cores: int) -> int:
@@ -275,15 +297,6 @@ class _Watch:
             if item is None:
                 return
             yield item
-
-
-def _how_decoded(video: Any) -> dict[str, Any]:
-    """What is known of the decoding so far; a video may change decoders on the way."""
-    return {
-        "decoder": video.name,
-        "fallback_reason": video.fallback_reason or None,
-        "frames_decoded": video.frames_decoded,
-    }
 
 
 def _failed(kind: str, stage: str, message: str) -> dict[str, Any]:

@@ -39,7 +39,6 @@ class CpuDecoder:
     """Decodes with FFmpeg on ``threads`` cores. With a ``lane``, images are in that GPU's memory."""
 
     name = "pyav"
-    fallback_reason = ""
 
     def __init__(self, *, threads: int = 1, lane: Lane | None = None) -> None:
         self.frames_decoded = 0

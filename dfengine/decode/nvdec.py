@@ -367,7 +367,7 @@ class NvdecDecoder:
                 f"NVDEC gave frames of {seen_w}x{seen_h} for {w}x{h}, with {chroma - luma} bytes of luma"
             )
         rows = (h + h // 2, w)
-        source = DeviceArray(luma, rows, dtype, strides=(pitch, dtype.itemsize), owner=frame, stream=self._lane.stream)
+        source = DeviceArray(luma, rows, dtype, strides=(pitch, dtype.itemsize), owner=frame, lane=self._lane)
         planes = self._lane.empty(rows, dtype)
         self._lane.copy(source, planes)
         pair = (w * dtype.itemsize, 2 * dtype.itemsize)

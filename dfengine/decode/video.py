@@ -263,6 +263,7 @@ class Video:
             images.append(image)
             seconds.append(picture_seconds)
             held += image.nbytes
+        self._decoder.close()  # others may have it while these frames are scored
         if images or after > -np.inf:
             yield flush(is_last=True)
         self._judge(found, len(wanted))
