@@ -151,6 +151,27 @@ def bound_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu_engine_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{len(result['clips'])} DFDC clips of 10 s in 1080p H.264, 17 frames each, videos a second on "
+        f"{result['machine']['gpu']}, {result['machine']['date']}. *Naive*: OpenCV, facenet-pytorch and torch, with the "
+        "networks on the GPU.",
+        "",
+        "| network | mode | decode alone | inference alone | engine | of the slower | than naive | max abs(dp) to CPU |",
+        "|---" * 8 + "|",
+    ]
+    for part in result["timing"]:
+        for row in part["rows"]:
+            alone = [row[k]["videos_per_s"] for k in ("decode_alone", "inference_alone", "engine")]
+            lines.append(
+                f"| {NETS.get(part['net'], part['net'])} | `{row['mode']}` | "
+                + " | ".join(f"{v:.1f}" for v in alone)
+                + f" | {100 * row['share_of_slower']:.0f} % | {row['ratio_to_naive']:.1f}x "
+                f"| {row['max_abs_difference']:.4f} |"
+            )
+    return "\n".join(lines)
+
+
 def stages_table(result: dict[str, Any]) -> str:
     lines = [
         f"Each stage alone, one thread, {result['frames']} frames of one 1080p clip:",
@@ -171,6 +192,7 @@ PAGES: dict[Path, dict[str, tuple[Path, Callable[[dict[str, Any]], str]]]] = {
         "engine": (RESULTS / "engine.json", engine_table),
         "kaggle": (RESULTS / "kaggle.json", kaggle_table),
         "ops": (RESULTS / "ops.json", ops_table),
+        "gpu": (RESULTS / "gpu_engine.json", gpu_engine_table),
         "default": (ROOT / "dfengine/bundles/default/bundle.json", default_note),
     },
     ROOT / "docs/performance.md": {
