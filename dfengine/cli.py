@@ -33,9 +33,11 @@ from rich.text import Text
 
 from dfengine import __version__, results
 from dfengine.batch import Batch, expand_inputs
+from dfengine.bundle import Bundle
 from dfengine.deadline import parse_duration
 from dfengine.errors import DfengineError, OutputError, display_path
 from dfengine.info import build_info, devices, packaged_bundles
+from dfengine.runtime.backends import compile_bundle
 from dfengine.types import VideoScore
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -109,9 +111,7 @@ def score(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
 ) -> None:
     """Score videos. Exit code 0: all answered; 1: some failed (each is a row); 2: usage, output; 130: interrupted."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    _set_up_logging(verbose)
     batch = Batch(
         expand_inputs(_read_stdin() if paths == ["-"] else paths),
         bundle=bundle,
@@ -143,6 +143,22 @@ def score(
     raise typer.Exit(SOME_FAILED if output.failed else OK)
 
 
+@app.command(name="compile")
+def compile_(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A packaged bundle by name, or a folder.")],
+    backend: Annotated[str, typer.Option(help="tensorrt (for this machine's GPU) or tensorrt_rtx (needs no GPU).")],
+    precision: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
+    out: Annotated[
+        Path | None, typer.Option(help="Where the engines go; to use them, set DFENGINE_CACHE to that folder.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+) -> None:
+    """Compile the networks of a bundle and of its detector for GPUs, ahead of time: a file a network."""
+    _set_up_logging(verbose)
+    for name, path in compile_bundle(Bundle.load(bundle), backend, precision=precision, folder=out).items():
+        print(f"{name}  {path}  {path.stat().st_size / 1e6:.1f} MB")
+
+
 @app.command()
 def info(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Tell what this installation is made of, what can be used on this machine, and why the rest cannot."""
@@ -155,7 +171,13 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print one JSON objec
     for title, rows in (("build", build), ("devices", usable), ("bundles", bundles)):
         print(title)
         for name, value in rows.items():
-            print(f"  {name:<18} {value}")
+            print(f"  {name:<19} {value}")
+
+
+def _set_up_logging(verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
 
 
 def _read_stdin() -> list[str]:

@@ -104,6 +104,17 @@ class Gpu:
             )
         return cls(pycuda, graphs, _contexts[ordinal], ordinal=ordinal)
 
+    @property
+    def Error(self) -> type[Exception]:  # noqa: N802
+        """What a call raises that the GPU or its driver refuses; DeviceMemoryError is not one."""
+        error: type[Exception] = self._pycuda.Error
+        return error
+
+    @property
+    def exclusive(self) -> threading.RLock:
+        """To hold while capturing a graph by other means than ``Lane.capture``, or waiting for the whole GPU."""
+        return self._exclusive
+
     def lane(self) -> Lane:
         """A new lane, for one thread. Its stream lives as long as the Gpu is open."""
         return Lane(self)

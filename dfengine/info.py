@@ -9,6 +9,10 @@ from typing import Any
 
 from dfengine import _kernels
 from dfengine.bundle import PACKAGED, Bundle
+from dfengine.runtime.backends import explain_cuda
+
+# Without these pieces nothing is scored on a GPU. Without NVDEC frames are decoded by the CPU.
+NEEDED = ("kernel", "pycuda", "gpu", "networks")
 
 
 def build_info() -> dict[str, Any]:
@@ -30,9 +34,14 @@ def build_info() -> dict[str, Any]:
 
 def devices() -> dict[str, str]:
     """Each device, and why it can or cannot be used here."""
+    archs = getattr(_kernels, "cuda_architectures", ())
+    kernel = f"usable: compiled for {', '.join(map(str, archs))}" if archs else "not usable: compiled without CUDA"
+    pieces = {"kernel": kernel} | explain_cuda()
+    missing = [name for name, text in pieces.items() if name in NEEDED and text.startswith("not usable")]
     return {
         "cpu": f"usable: OpenVINO {metadata.version('openvino')}, {os.cpu_count()} cores",
-        "cuda": "not usable: this version of dfengine has no GPU path",
+        "cuda": f"not usable: {', '.join(missing)} (below)" if missing else f"usable: {pieces['networks'][8:]}",
+        **{f"cuda {name}": text for name, text in pieces.items()},
     }
 
 

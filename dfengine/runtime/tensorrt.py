@@ -1,0 +1,427 @@
+"""Networks on TensorRT and on TensorRT for RTX: the same Python module under two names, and so one code path.
+
+Both take types from the graph (strongly typed), so float16 is written into it before (dfengine.runtime.precision).
+They differ in two things. TensorRT builds on and for the GPU at hand, timing kernels; RTX builds anywhere, for every
+GPU it knows, and compiles the rest when an engine is used. And RTX captures CUDA graphs by itself.
+
+Note [A context for each shape]
+A captured graph is good for as long as its context is not given another shape (NVIDIA's guide says so). So with
+TensorRT each prepared batch has a context of its own; the memory they work in is one for all, as only one runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfengine.cuda import DeviceArray, Gpu, Graph, Lane
+from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, OutputError
+from dfengine.runtime.cache import EngineCache, Key, write_atomically
+from dfengine.runtime.executor import Executor, GpuPrecision, Profile
+from dfengine.runtime.precision import RECIPE, to_float16
+
+log = logging.getLogger("dfengine")
+
+OLDEST = (10, 12)  # the first in which strongly typed networks are the rule and not an experiment
+
+# Memory a layer may use besides its tensors. Convolutions of this size gain nothing from more; without a limit
+# TensorRT would take the whole GPU's as one. Chosen, not fitted.
+_WORKSPACE_BYTES = 1 << 30
+
+_NO_MEMORY = re.compile(r"out ?of ?memory|cudaErrorMemoryAllocation|insufficient memory", re.IGNORECASE)
+
+
+class TensorRt:
+    """One of the two modules, with what its log said last."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        """``name``: "tensorrt" or "tensorrt_rtx"."""
+        self.name = name
+        self.module = module
+        self.version: str = module.__version__
+        self.is_rtx = name == "tensorrt_rtx"
+        self.messages = Messages()
+        self.logger = _make_logger(module, self.messages)
+        self._runtime: Any = None
+        self._opening = threading.Lock()
+
+    def build(self, name: str, onnx: bytes, profiles: Sequence[Profile], *, max_batch: int, timing: bytes = b"",
+              keep_timing: Callable[[bytes], None] = lambda timing: None, exact: bool = False) -> bytes:  # fmt: skip
+        """Compiles a network. TensorRT needs its GPU to be current, RTX needs none.
+
+        ``timing``: a timing cache from before; the new one goes to ``keep_timing``. ``exact``: float32 products in
+        full, where TensorRT would take TF32. Raises InferenceError.
+        """
+        trt = self.module
+        self.messages.clear()
+        builder = self._made(trt.Builder(self.logger), name, "there is no builder")
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self.logger)
+        if not parser.parse(onnx):
+            what = parser.get_error(0).desc() if parser.num_errors else self.messages.last
+            raise InferenceError(f"network {name} cannot be read by {self.name} ({what})", stage="runtime")
+        if network.num_inputs != len(profiles):
+            raise InferenceError(
+                f"network {name} has {network.num_inputs} inputs, its kind has {len(profiles)}", stage="runtime"
+            )
+        config = builder.create_builder_config()
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
+        if exact:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        shapes = builder.create_optimization_profile()
+        for i, profile in enumerate(profiles):
+            try:
+                shapes.set_shape(
+                    network.get_input(i).name, (1, *profile.least), (max_batch, *profile.usual),
+                    (max_batch, *profile.most),
+                )  # fmt: skip
+            except ValueError as error:
+                raise InferenceError(
+                    f"input {i} of network {name} cannot have the shape {profile.usual} ({error})", stage="runtime"
+                ) from None
+        self._check(config.add_optimization_profile(shapes) >= 0, name, "its input shapes were refused")
+        if not self.is_rtx:
+            self._check(config.set_timing_cache(config.create_timing_cache(timing), True), name, "timing cache")
+        plan = self._made(builder.build_serialized_network(network, config), name, "it cannot be compiled")
+        if not self.is_rtx:
+            keep_timing(bytes(config.get_timing_cache().serialize()))
+        return bytes(plan)
+
+    def load(self, plan: bytes) -> Any | None:
+        """The engine, for the GPU that is current; None if it cannot be used here (``messages`` may say why)."""
+        self.messages.clear()
+        with self._opening:
+            if self._runtime is None:
+                self._runtime = self.module.Runtime(self.logger)
+            if self.is_rtx:
+                validity, why = self._runtime.get_engine_validity(plan)
+                if validity == self.module.EngineValidity.INVALID:
+                    kinds = self.module.EngineInvalidityDiagnostics.__members__
+                    named = [n.lower() for n, flag in kinds.items() if int(flag) & int(why)]
+                    self.messages.add(f"engine invalid here: {', '.join(named) or 'no reason given'}")
+                    return None
+            return self._runtime.deserialize_cuda_engine(plan)
+
+    def _made(self, thing: Any, name: str, otherwise: str) -> Any:
+        self._check(thing is not None, name, otherwise)
+        return thing
+
+    def _check(self, ok: bool, name: str, what: str, messages: Messages | None = None) -> None:
+        """Each call that can fail ends here. Raises DeviceMemoryError, InferenceError."""
+        if not ok:
+            said = (messages or self.messages).last
+            if _NO_MEMORY.search(said):
+                raise DeviceMemoryError(
+                    f"network {name} does not fit into the GPU's memory ({said}); lower workers", stage="runtime"
+                )
+            raise InferenceError(f"network {name} on {self.name}: {what} ({said})", stage="runtime")
+
+
+class Messages:
+    """The last errors that TensorRT reported. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._texts: deque[str] = deque(maxlen=8)
+
+    def add(self, text: str) -> None:
+        self._texts.append(next((line for line in text.splitlines() if line.strip()), ""))
+
+    def clear(self) -> None:
+        self._texts.clear()
+
+    @property
+    def last(self) -> str:
+        texts = list(self._texts)
+        return texts[-1] if texts else "it gave no reason"
+
+
+@cache
+def import_tensorrt(name: str) -> TensorRt:
+    """The module "tensorrt" or "tensorrt_rtx". Raises DeviceError."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        extra = "gpu-rtx" if name == "tensorrt_rtx" else "gpu"
+        why = f"the package is missing; pip install 'dfengine[{extra}]'" if missing else str(error)
+        raise DeviceError(f"{name}: {why}", stage="device") from None
+    if name == "tensorrt" and tuple(map(int, module.__version__.split(".")[:2])) < OLDEST:
+        raise DeviceError(
+            f"{name}: version {module.__version__} is too old, {'.'.join(map(str, OLDEST))} is needed", stage="device"
+        )
+    return TensorRt(name, module)
+
+
+def compile_network(
+    runtime: TensorRt,
+    gpu: Gpu | None,
+    name: str,
+    onnx: bytes,
+    profiles: Sequence[Profile],
+    *,
+    precision: GpuPrecision,
+    max_batch: int,
+    cache: EngineCache,
+) -> tuple[Any, Path]:
+    """The engine, from the cache or compiled, and its file. Without a GPU (RTX only) it is compiled, but not loaded.
+
+    The GPU must be current. Raises DeviceMemoryError, InferenceError, OutputError.
+    """
+    key = make_key(runtime, gpu, onnx, profiles, precision=precision, max_batch=max_batch)
+
+    def build() -> bytes:
+        log.info("compiling %s with %s %s, %s", name, runtime.name, runtime.version, precision)
+        graph = to_float16(onnx, name) if precision == "fp16" else onnx
+        where = gpu.name if gpu is not None else "any"
+        timing = cache.folder / f"timing-{runtime.name}-{runtime.version}-{_file_name(where)}.cache"
+
+        def keep(data: bytes) -> None:
+            try:
+                write_atomically(timing, data)
+            except OutputError as error:
+                log.warning("%s", error)
+
+        known = timing.read_bytes() if timing.exists() else b""
+        return runtime.build(
+            name, graph, profiles, max_batch=max_batch, timing=known, keep_timing=keep, exact=precision == "fp32",
+        )  # fmt: skip
+
+    path = cache.path(name, key)
+    if gpu is None:
+        if cache.read(path, key) is None:
+            cache.write(path, key, build())
+        return None, path
+    try:
+        return cache.load_or_build(name, key, load=runtime.load, build=build), path
+    except ValueError:
+        raise InferenceError(
+            f"network {name}: {runtime.name} cannot use the engine it has just built ({runtime.messages.last})",
+            stage="runtime",
+        ) from None
+
+
+def make_key(
+    runtime: TensorRt, gpu: Gpu | None, onnx: bytes, profiles: Sequence[Profile], *, precision: GpuPrecision,
+    max_batch: int,
+) -> Key:  # fmt: skip
+    """What an engine was made from and for. RTX makes one for all GPUs that it knows since Ampere.
+
+    It could make others for Turing, but there it has no float32 matrix products, which the last layers are.
+    """
+    if runtime.is_rtx:
+        device, capability = "any", "8.0 and later"
+    else:
+        assert gpu is not None, "TensorRT compiles for the GPU at hand"
+        device, capability = gpu.name, "{}.{}".format(*gpu.compute_capability)
+    return {
+        "onnx": hashlib.sha256(onnx).hexdigest(),
+        "backend": runtime.name,
+        "version": runtime.version,
+        "device": device,
+        "compute_capability": capability,
+        "precision": precision,
+        "recipe": RECIPE,
+        "profiles": [[list(p.least), list(p.usual), list(p.most)] for p in profiles],
+        "max_batch": max_batch,
+    }
+
+
+def make_tensorrt_executors(
+    runtime: TensorRt,
+    gpu: Gpu,
+    name: str,
+    onnx: bytes,
+    profiles: Sequence[Profile],
+    *,
+    precision: GpuPrecision,
+    max_batch: int,
+    contexts: int,
+    cache: EngineCache,
+) -> list[Executor]:
+    """Executors that share one engine. Raises DeviceMemoryError, InferenceError."""
+    with gpu.lane():
+        engine, _ = compile_network(
+            runtime, gpu, name, onnx, profiles, precision=precision, max_batch=max_batch, cache=cache
+        )
+        dtype = np.float16 if precision == "fp16" else np.float32
+        _check_types(runtime, engine, name, dtype)
+        make = RtxNetwork if runtime.is_rtx else TensorRtNetwork
+        fixed = all(p.least == p.most for p in profiles)
+        networks = [make(runtime, gpu, engine, name, fixed=fixed) for _ in range(contexts)]
+    return [Executor(gpu, name, n, profiles, max_batch=max_batch, dtype=dtype) for n in networks]
+
+
+class TensorRtNetwork:
+    """An engine with a context for each shape. See Note [A context for each shape]."""
+
+    def __init__(self, runtime: TensorRt, gpu: Gpu, engine: Any, name: str, *, fixed: bool) -> None:
+        self._runtime, self._gpu, self._engine, self._name = runtime, gpu, engine, name
+        self._scratch: DeviceArray | None = None
+
+    def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> Bound:
+        trt = self._runtime.module
+        self._runtime.messages.clear()
+        context = self._runtime._made(
+            self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED),
+            self._name, "no execution context",
+        )  # fmt: skip
+        if self._scratch is None:
+            self._scratch = lane.empty((max(256, int(self._engine.device_memory_size_v2)),), np.uint8)
+        context.set_device_memory(self._scratch.pointer, self._scratch.nbytes)
+        bound = Bound(self._runtime, self._name, context, self._engine, lane, inputs)
+        bound.bind()
+        return bound
+
+    def close(self) -> None:
+        self._scratch = self._engine = None
+
+
+class RtxNetwork:
+    """An engine with one context, which captures and keeps graphs itself."""
+
+    def __init__(self, runtime: TensorRt, gpu: Gpu, engine: Any, name: str, *, fixed: bool) -> None:
+        trt = runtime.module
+        runtime.messages.clear()
+        config = engine.create_runtime_config()
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # EAGER compiles kernels for the very shape before they first run, so that all runs give the same numbers; LAZY
+        # would change kernels while videos are scored. P-Net has too many shapes for that.
+        strategy = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER if fixed else strategy.NONE
+        self._runtime, self._name, self._engine = runtime, name, engine
+        self._context = runtime._made(engine.create_execution_context(config), name, "no execution context")
+
+    def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> Bound:
+        self._runtime.messages.clear()
+        bound = Bound(self._runtime, self._name, self._context, self._engine, lane, inputs, shares_context=True)
+        bound.bind()
+        return bound
+
+    def close(self) -> None:
+        self._context = self._engine = None
+
+
+class Bound:
+    """A context whose inputs and outputs have their places."""
+
+    def __init__(self, runtime: TensorRt, name: str, context: Any, engine: Any, lane: Lane,
+                 inputs: Sequence[DeviceArray], *, shares_context: bool = False) -> None:  # fmt: skip
+        self._runtime, self._name, self._context, self._lane = runtime, name, context, lane
+        self._shares_context = shares_context
+        self._messages = Messages()
+        self._recorder = _make_recorder(runtime.module, self._messages)
+        context.error_recorder = self._recorder
+        trt = runtime.module
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        is_input = [engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names]
+        self._inputs = dict(zip([n for n, i in zip(names, is_input, strict=True) if i], inputs, strict=True))
+        self._output_names = [n for n, i in zip(names, is_input, strict=True) if not i]
+        self.outputs: list[DeviceArray] = []
+
+    def bind(self) -> None:
+        """Gives the context this batch's shapes and addresses. Raises DeviceMemoryError, InferenceError."""
+        context, check = self._context, self._check
+        for name, array in self._inputs.items():
+            check(context.set_input_shape(name, array.shape), f"{name} cannot have the shape {array.shape}")
+            check(context.set_tensor_address(name, array.pointer), f"the address of {name} was refused")
+        if not self.outputs:
+            missing = context.infer_shapes()
+            check(not missing, f"shapes of {missing} are not known")
+            shapes = [tuple(context.get_tensor_shape(name)) for name in self._output_names]
+            check(all(min(s) >= 0 for s in shapes), f"outputs have the shapes {shapes}")
+            self.outputs = [self._lane.empty(shape, np.float32) for shape in shapes]
+        for name, array in zip(self._output_names, self.outputs, strict=True):
+            check(context.set_tensor_address(name, array.pointer), f"the address of {name} was refused")
+
+    def enqueue(self) -> None:
+        if self._shares_context:
+            self.bind()
+        self._check(self._context.execute_async_v3(self._lane.stream), "it cannot be enqueued")
+
+    def _check(self, ok: bool, what: str) -> None:
+        self._runtime._check(ok, self._name, what, self._messages)
+
+    def capture(self) -> Callable[[], None] | None:
+        if self._shares_context:
+            return None
+        graph: Graph = self._lane.capture(self.enqueue)
+        return partial(self._lane.launch, graph)
+
+
+def _check_types(runtime: TensorRt, engine: Any, name: str, dtype: Any) -> None:
+    """Inputs are of the precision's type, outputs float32."""
+    trt = runtime.module
+    for i in range(engine.num_io_tensors):
+        tensor = engine.get_tensor_name(i)
+        is_input = engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT
+        got, wanted = np.dtype(trt.nptype(engine.get_tensor_dtype(tensor))), np.dtype(dtype if is_input else np.float32)
+        if got != wanted:
+            raise InferenceError(f"network {name}: {tensor} is {got}, expected {wanted}", stage="runtime")
+
+
+def _make_logger(trt: Any, messages: Messages) -> Any:
+    levels = {
+        trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.Severity.ERROR: logging.ERROR,
+        trt.ILogger.Severity.WARNING: logging.DEBUG,  # about performance, and the same for every network
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """TensorRT's messages become the log's; called from any thread."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            level = levels.get(severity)
+            if level == logging.ERROR:
+                messages.add(msg)
+            if level is not None:
+                log.log(logging.DEBUG, "tensorrt: %s", msg)  # errors are raised by whoever called
+
+    return Logger()
+
+
+def _make_recorder(trt: Any, messages: Messages) -> Any:
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
+        """Errors of one execution context, which come when its work is enqueued."""
+
+        def __init__(self) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self._errors: list[tuple[Any, str]] = []
+
+        def num_errors(self) -> int:
+            return len(self._errors)
+
+        def get_error_code(self, index: int) -> Any:
+            return self._errors[index][0]
+
+        def get_error_desc(self, index: int) -> str:
+            return self._errors[index][1]
+
+        def has_overflowed(self) -> bool:
+            return False
+
+        def clear(self) -> None:
+            self._errors.clear()
+
+        def report_error(self, code: Any, description: str) -> bool:
+            self._errors = [*self._errors[-7:], (code, description)]
+            messages.add(description)
+            return True
+
+    return Recorder()
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
