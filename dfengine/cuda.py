@@ -74,35 +74,17 @@ class Gpu:
     @classmethod
     def open(cls, ordinal: int = 0) -> Gpu:
         """The GPU with this number. Raises DeviceError if there is none, or no way to it, with the fix."""
-        try:
-            import pycuda.driver as pycuda
-        except ImportError as error:
-            raise DeviceError(f"no GPU can be used: {_why_no_pycuda(error)}", stage="device") from None
-        try:
-            from cuda.bindings import driver as graphs
-        except ImportError:
-            raise DeviceError(
-                "no GPU can be used: the package cuda-bindings is missing; pip install 'dfengine[gpu]'", stage="device"
-            ) from None
+        pycuda, graphs = _find(ordinal)
         with _opening:
-            try:
-                pycuda.init()
-                count = pycuda.Device.count()
-                if ordinal < count and ordinal not in _contexts:
-                    _contexts[ordinal] = pycuda.Device(ordinal).retain_primary_context()
-                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_contexts[ordinal]))  # never dies
-            except pycuda.Error as error:
-                raise DeviceError(
-                    f"no GPU can be used: the driver says '{error}'; nvidia-smi must list the GPU, and in a container "
-                    "NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
-                    stage="device",
-                ) from None
-        if not 0 <= ordinal < count:
-            raise DeviceError(
-                f"there is no GPU number {ordinal}: the driver shows {count}, counted from 0; see CUDA_VISIBLE_DEVICES",
-                stage="device",
-            )
+            if ordinal not in _contexts:
+                _contexts[ordinal] = pycuda.Device(ordinal).retain_primary_context()
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(_contexts[ordinal]))  # never dies
         return cls(pycuda, graphs, _contexts[ordinal], ordinal=ordinal)
+
+    @staticmethod
+    def check(ordinal: int = 0) -> None:
+        """What ``open`` raises, without making a context, which costs hundreds of MiB."""
+        _find(ordinal)
 
     @property
     def Error(self) -> type[Exception]:  # noqa: N802
@@ -492,6 +474,35 @@ class _Current:
 
     def __exit__(self, *error: object) -> None:
         self._gpu._pycuda.Context.pop()
+
+
+def _find(ordinal: int) -> tuple[Any, Any]:
+    """PyCUDA's and cuda-bindings' driver modules, if they find the GPU with this number. Raises DeviceError."""
+    try:
+        import pycuda.driver as pycuda
+    except ImportError as error:
+        raise DeviceError(f"no GPU can be used: {_why_no_pycuda(error)}", stage="device") from None
+    try:
+        from cuda.bindings import driver as graphs
+    except ImportError:
+        raise DeviceError(
+            "no GPU can be used: the package cuda-bindings is missing; pip install 'dfengine[gpu]'", stage="device"
+        ) from None
+    try:
+        pycuda.init()
+        count = pycuda.Device.count()
+    except pycuda.Error as error:
+        raise DeviceError(
+            f"no GPU can be used: the driver says '{error}'; nvidia-smi must list the GPU, and in a container "
+            "NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
+            stage="device",
+        ) from None
+    if not 0 <= ordinal < count:
+        raise DeviceError(
+            f"there is no GPU number {ordinal}: the driver shows {count}, counted from 0; see CUDA_VISIBLE_DEVICES",
+            stage="device",
+        )
+    return pycuda, graphs
 
 
 def _close_lanes(lanes: list[Lane], context: Any) -> None:

@@ -48,7 +48,7 @@ class Detector:
         self._threads = threads
         self._dtype = device.dtype
         self._pnet, self._rnet, self._onet = (
-            device.session(nets, name, threads=threads) for name in ("pnet", "rnet", "onet")
+            device.session(nets, name, threads=threads, detector=settings) for name in ("pnet", "rnet", "onet")
         )
         self._input = nets.member("pnet")
 

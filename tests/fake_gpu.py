@@ -7,14 +7,13 @@ backbone, decoder pool, NVDEC video, lanes, batching.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy as np
 from fake_cuda import FakeGpu, array_of
 
 from dfengine import _kernels
-from dfengine.bundle import Bundle
+from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.cuda import DeviceArray
 from dfengine.errors import DeviceMemoryError
 from dfengine.runtime import CpuDevice
@@ -61,9 +60,6 @@ class FakeExecutor:
             raise DeviceMemoryError("the fake GPU's memory is full", stage="runtime")
         return self._run(*whole)
 
-    def empty(self) -> Outputs:
-        raise AssertionError("not asked for where there are rows")
-
     def close(self) -> None:
         pass
 
@@ -86,15 +82,11 @@ class FakeGpuDevice(GpuDevice):
         self.executors: dict[str, list[FakeExecutor]] = {}
         self._max_batch, self._contexts = max_batch, contexts
 
-    def session(self, bundle: Bundle, member: str, *, threads: int = 1) -> Any:
+    def session(
+        self, bundle: Bundle, member: str, *, threads: int = 1, detector: DetectorSettings | None = None
+    ) -> Any:
         real = CpuDevice().session(bundle, member, threads=1)
         batches = self.batches.setdefault(member, [])
         executors = [FakeExecutor(real.run, self._max_batch, batches) for _ in range(self._contexts)]
-        for executor in executors:
-            executor.empty = lambda: real.run(np.zeros((0, 3, 24, 24), np.float32))
         self.executors[member] = executors
         return BatchingSession(f"{bundle.name}/{member}", executors)
-
-
-def lane_of(device: FakeGpuDevice) -> AbstractContextManager[Any]:
-    return device.lane()

@@ -43,9 +43,6 @@ class FakeExecutor:
         finally:
             self._busy.release()
 
-    def empty(self) -> Outputs:
-        return [np.zeros((0, 1), np.float32), np.zeros((0, 3), np.float32)]
-
     def close(self) -> None:
         self.closed = True
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine.bundle import Bundle
+from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError, DeviceMemoryError, OptionError
 from dfengine.types import Array
 
@@ -40,8 +40,13 @@ class Device(Protocol):
     dtype: Literal["float32", "float16"]  # of network input
     gpu: Any  # the dfengine.cuda.Gpu, None on the CPU
 
-    def session(self, bundle: Bundle, member: str, *, threads: int) -> Session:
-        """Compiles a member of a bundle; on the CPU to run on up to ``threads`` cores at a time."""
+    def session(
+        self, bundle: Bundle, member: str, *, threads: int, detector: DetectorSettings | None = None
+    ) -> Session:
+        """Compiles a member of a bundle; on the CPU to run on up to ``threads`` cores at a time.
+
+        ``detector``: how the networks of a detector will be used.
+        """
 
     def lane(self) -> AbstractContextManager[Any]:
         """What a thread holds while it scores a video: a dfengine.cuda.Lane, or None on the CPU."""
@@ -59,7 +64,9 @@ class CpuDevice:
         self.dtype: Literal["float32", "float16"] = "float32"
         self.gpu = None
 
-    def session(self, bundle: Bundle, member: str, *, threads: int = 1) -> Session:
+    def session(
+        self, bundle: Bundle, member: str, *, threads: int = 1, detector: DetectorSettings | None = None
+    ) -> Session:
         """See Device.session."""
         from dfengine.runtime.openvino import OpenVinoSession
 
@@ -91,8 +98,11 @@ def resolve_device(device: str) -> str:
 
 def open_device(device: str) -> Device:
     """Opens what ``resolve_device`` names. Raises DeviceError or OptionError."""
-    resolve_device(device)
-    return CpuDevice()
+    if resolve_device(device) == "cpu":
+        return CpuDevice()
+    from dfengine.runtime.gpu import GpuDevice
+
+    return GpuDevice()
 
 
 def in_halves_if_need_be(run: Callable[[int, int], None], start: int, stop: int) -> None:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import cast, get_args
 
-from dfengine.bundle import Bundle, DetectorSettings
+from dfengine.bundle import Bundle, DetectorSettings, ModelSpec
 from dfengine.cuda import Gpu
 from dfengine.errors import DeviceError, DfengineError, OptionError
 from dfengine.runtime.cache import EngineCache, default_cache_dir
@@ -119,12 +119,17 @@ def networks(bundle: Bundle) -> list[tuple[str, bytes, tuple[Profile, ...], int]
     detector = Bundle.load(bundle.detector.nets) if any(m.kind != "detector" for m in bundle.members) else bundle
     found = []
     for m in detector.members:
-        profiles = detector_profiles(m, bundle.detector)
-        found.append((f"{detector.name}/{m.name}", detector.onnx_bytes(m), profiles, MAX_BATCH[m.name]))
+        found.append((f"{detector.name}/{m.name}", detector.onnx_bytes(m), *limits(m, bundle.detector)))
     for m in bundle.members if detector is not bundle else ():
-        rows = max(1, MAX_BATCH["member"] // m.clip_frames)
-        found.append((f"{bundle.name}/{m.name}", bundle.onnx_bytes(m), member_profiles(m), rows))
+        found.append((f"{bundle.name}/{m.name}", bundle.onnx_bytes(m), *limits(m)))
     return found
+
+
+def limits(spec: ModelSpec, detector: DetectorSettings | None = None) -> tuple[tuple[Profile, ...], int]:
+    """The shapes of a network's inputs, and its largest batch. ``detector``: how P-, R- and O-Net will be used."""
+    if detector is not None:
+        return detector_profiles(spec, detector), MAX_BATCH[spec.name]
+    return member_profiles(spec), max(1, MAX_BATCH["member"] // spec.clip_frames)
 
 
 def explain_cuda() -> dict[str, str]:

@@ -36,9 +36,6 @@ class Executor(Protocol):
         and DeviceMemoryError.
         """
 
-    def empty(self) -> Outputs:
-        """The outputs for no rows."""
-
     def close(self) -> None: ...
 
 
@@ -72,12 +69,16 @@ class BatchingSession:
         self._idle = list(executors)
         self._line: deque[_Request] = deque()
         self._changed = threading.Condition()
+        self._nothing: Outputs | None = None
 
     def run(self, *inputs: Array) -> Outputs:
         """See Session.run."""
         count = len(inputs[0])
         if count == 0:
-            return self._executors[0].empty()
+            if self._nothing is None:  # only the network knows the shapes of its outputs
+                one_row = (np.zeros((1, *x.shape[1:]), x.dtype) for x in inputs)
+                self._nothing = [y[:0] for y in self.run(*one_row)]
+            return self._nothing
         device = next((x for x in inputs if on_device(x)), None)
         ready = device.lane.record() if device is not None else None
         requests = [

@@ -110,11 +110,11 @@ class Executor:
         self._graphs = True  # until capturing failed once
         self._buffers: list[DeviceArray] = []
 
-    def run(self, parts: Sequence[tuple[DeviceArray, ...]], ready: Sequence[Event]) -> list[NDArray[np.float32]]:
+    def run(self, parts: Sequence[tuple[Any, ...]], ready: Sequence[Event]) -> list[NDArray[np.float32]]:
         """Runs rows of several callers as one batch, after the ``ready`` events.
 
-        ``parts``: the network's inputs in order, (rows, ...) each, C-contiguous; together at most ``max_batch`` rows.
-        Returns the network's outputs for all rows in order, and waits until they are there.
+        ``parts``: the network's inputs in order, (rows, ...) each, C-contiguous, DeviceArrays or in main memory;
+        together at most ``max_batch`` rows. Returns the network's outputs for all rows in order, and waits until they are there.
         Raises DeviceMemoryError, InferenceError.
         """
         rows, shapes = self._check(parts)

@@ -6,33 +6,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from dfengine.bundle import Bundle
+from dfengine import _kernels
+from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.cuda import Gpu, Lane
-from dfengine.runtime import Session
+from dfengine.errors import DeviceError
+from dfengine.runtime.backends import choose_backend, limits, make_executors
+from dfengine.runtime.batching import BatchingSession
+from dfengine.runtime.executor import GpuPrecision
+
+# Execution contexts of each network: while one runs, the rows of the next batch are gathered. Chosen, not measured.
+CONTEXTS = 2
 
 
 class GpuDevice:
-    """A GPU, with TensorRT or torch. See Device."""
+    """A GPU, with TensorRT or torch. See Device. ``precision``: of all networks."""
 
     name: str
     runtime: str
     dtype: Literal["float32", "float16"]
     gpu: Gpu
 
-    def __init__(self, *, precision: Literal["fp16", "fp32"] = "fp16") -> None:
+    def __init__(self, *, ordinal: int = 0, precision: GpuPrecision = "fp16") -> None:
         """Raises DeviceError."""
-        self._open_lanes(Gpu.open())
+        self._open_lanes(Gpu.open(ordinal))
+        backend = choose_backend(self.gpu)
+        self.runtime = backend.reason
         self.dtype = "float16" if precision == "fp16" else "float32"
-        self.runtime = ""
+        self._backend, self._precision = backend.name, precision
 
     def _open_lanes(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.name = f"cuda:{gpu.ordinal}"
         self._lanes: list[Lane] = []  # that no thread holds
+        self._sessions: list[BatchingSession] = []
 
-    def session(self, bundle: Bundle, member: str, *, threads: int = 1) -> Session:
-        """See Device.session."""
-        raise NotImplementedError
+    def session(
+        self, bundle: Bundle, member: str, *, threads: int = 1, detector: DetectorSettings | None = None
+    ) -> BatchingSession:
+        """See Device.session. ``threads`` is for the CPU."""
+        spec = bundle.member(member)
+        profiles, max_batch = limits(spec, detector)
+        name = f"{bundle.name}/{member}"
+        executors = make_executors(
+            self.gpu, name, bundle.onnx_bytes(spec), precision=self._precision, input_shapes=profiles,
+            max_batch=max_batch, contexts=CONTEXTS, backend=self._backend,
+        )  # fmt: skip
+        self._sessions.append(BatchingSession(name, executors))
+        return self._sessions[-1]
 
     @contextmanager
     def lane(self) -> Iterator[Lane]:
@@ -48,9 +68,20 @@ class GpuDevice:
             self._lanes.append(lane)
 
     def close(self) -> None:
+        for session in self._sessions:
+            session.close()
         self.gpu.close()
 
 
 def why_no_gpu() -> str:
-    """What keeps this machine from using a GPU, with the fix; "" if nothing does."""
-    return "this build of dfengine has no GPU path"
+    """What keeps this machine from using a GPU, with the fix; "" if nothing does.
+
+    Whether a runtime can use the GPU is found out by opening it.
+    """
+    if not getattr(_kernels, "cuda_architectures", ()):
+        return "dfengine was built without CUDA; build it where nvcc is on PATH (DFENGINE_CUDA=ON says what is missing)"
+    try:
+        Gpu.check()
+    except DeviceError as error:
+        return error.message
+    return ""

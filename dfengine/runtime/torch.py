@@ -113,7 +113,7 @@ class _Batch:
             self._inputs = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs]
             self._results = [torch.empty(y.shape, dtype=torch.float32, device=y.device) for y in self._run()]
         self.outputs = [
-            DeviceArray(y.data_ptr(), tuple(y.shape), np.float32, owner=y, stream=lane.stream) for y in self._results
+            DeviceArray(y.data_ptr(), tuple(y.shape), np.float32, owner=y, lane=lane) for y in self._results
         ]
 
     def enqueue(self) -> None:
