@@ -124,7 +124,7 @@ class Gpu:
             except self._pycuda.MemoryError:
                 free, total = (n >> 20 for n in self._pycuda.mem_get_info())
                 raise DeviceMemoryError(
-                    f"the GPU has no room for {size >> 20} MiB: {free} of {total} MiB are free; lower workers or "
+                    f"the GPU has no room for {-(-size >> 20)} MiB: {free} of {total} MiB are free; lower workers or "
                     "memory_bytes, or stop what else runs on it"
                 ) from None
 

@@ -26,6 +26,7 @@ class FakeTensorRt:
         self.fails: set[str] = set()
         self.builds = 0
         self.contexts = 0
+        self.known_kernels = 0  # caches that could be used again
         self.refuses_plans = False
         self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
         self.MemoryPoolType = SimpleNamespace(WORKSPACE=0)
@@ -173,13 +174,39 @@ class _Engine:
         return port.element_type.to_dtype()
 
     def create_runtime_config(self) -> Any:
-        return SimpleNamespace()
+        return _RuntimeConfig(self._trt)
 
     def create_execution_context(self, how: Any) -> _Context | None:
         if not self._trt.ok("create_execution_context"):
             return None
         self._trt.contexts += 1
+        if isinstance(how, _RuntimeConfig):
+            how.cache.data += b"kernels "
         return _Context(self._trt, self, shares_memory=how == 2)
+
+
+class _RuntimeConfig:
+    def __init__(self, trt: FakeTensorRt) -> None:
+        self._trt = trt
+        self.cuda_graph_strategy = self.dynamic_shapes_kernel_specialization_strategy = 0
+
+    def create_runtime_cache(self) -> Any:
+        cache = SimpleNamespace(data=b"")
+        cache.serialize = lambda: cache.data
+
+        def deserialize(data: bytes) -> bool:
+            if data != b"kernels ":
+                return False
+            cache.data = b""  # nothing has to be compiled
+            self._trt.known_kernels += 1
+            return True
+
+        cache.deserialize = deserialize
+        return cache
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self.cache = cache
+        return True
 
 
 class _Context:

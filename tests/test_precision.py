@@ -12,10 +12,12 @@ import torch
 from networks import NETWORKS, make_network_onnx, random_inputs, run_float32
 from onnx import TensorProto, helper, numpy_helper
 
-from dfengine.bundle import Bundle
+from dfengine.bundle import Bundle, DetectorSettings
+from dfengine.detect import Detector
 from dfengine.errors import InferenceError
 from dfengine.runtime.precision import to_float16
 from dfengine.runtime.torch import to_module
+from dfengine.types import Image
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +140,34 @@ def test_default_bundle_moves_little_on_faces(astronaut: np.ndarray) -> None:
         x = np.array(crops, np.float32)
         (wanted,), (got,) = run_float32(data, [x]), run_float16(to_float16(data, member.name), [x])
         assert np.abs(1 / (1 + np.exp(-wanted)) - 1 / (1 + np.exp(-got))).max() <= 0.01
+
+
+class HalfSession:
+    """A detector's network in float16, computed by torch on the CPU."""
+
+    def __init__(self, name: str) -> None:
+        bundle = Bundle.load("mtcnn")
+        self.name = name
+        self._module = to_module(to_float16(bundle.onnx_bytes(bundle.member(name)), name), name, "cpu")
+
+    def run(self, x: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [y.numpy() for y in self._module(torch.from_numpy(x.astype(np.float16)))]
+
+
+def test_the_detector_finds_the_same_faces(astronaut: np.ndarray) -> None:
+    """In frames of several sizes; what moves is below the tolerance of detection between formats of a frame."""
+    full, half = Detector(DetectorSettings()), Detector(DetectorSettings())
+    half._pnet, half._rnet, half._onet = (HalfSession(name) for name in ("pnet", "rnet", "onet"))
+    pictures = [astronaut, astronaut[::2, ::2], astronaut[:320, 60:400], astronaut[:, ::-1]]
+    images = [Image.from_rgb(np.ascontiguousarray(p)) for p in pictures]
+    a, b = full.detect(images), half.detect(images)
+    assert np.array_equal(a.frame, b.frame)
+    assert len(a.frame) >= len(images)
+    width = (a.xyxy[:, 2] - a.xyxy[:, 0])[:, None]
+    assert np.abs(a.xyxy - b.xyxy).max(initial=0) <= (0.02 * width).max()
+    assert (np.abs(a.landmarks - b.landmarks) <= 0.02 * width[..., None]).all()
+    assert np.abs(a.confidence - b.confidence).max() <= 0.01
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "legacy_xception"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,11 +174,13 @@ def _explain_package(package: str, module: str) -> str:
 
 
 def _explain_backend(name: str, gpu: Gpu | None) -> str:
+    if gpu is None:  # nothing is imported, which takes torch seconds
+        found = importlib.util.find_spec(name) is not None
+        return f"not usable: {'there is no GPU' if found else 'the package is missing'}"
     try:
-        version = _version(name) if gpu is None else _try(name, gpu, EngineCache(default_cache_dir()))
+        return f"usable: {_try(name, gpu, EngineCache(default_cache_dir()))}"
     except DfengineError as error:
         return f"not usable: {error.message.removeprefix(f'{name}: ')}"
-    return f"usable: {version}" if gpu is not None else f"not usable: {version} is installed, but there is no GPU"
 
 
 def _version(name: str) -> str:
@@ -188,7 +191,7 @@ def _version(name: str) -> str:
         import onnx2torch  # noqa: F401
         import torch
     except ImportError as error:
-        raise DeviceError(f"torch: {error}; pip install torch onnx2torch", stage="device") from None
+        raise DeviceError(f"torch: {error}; pip install 'dfengine[gpu-torch]'", stage="device") from None
     return str(torch.__version__)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from dfengine.cuda import DeviceArray, Gpu, Graph, Lane
 from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, OutputError
 from dfengine.runtime.cache import EngineCache, Key, write_atomically
-from dfengine.runtime.executor import Executor, GpuPrecision, Profile
+from dfengine.runtime.executor import Executor, GpuPrecision, Network, Profile
 from dfengine.runtime.precision import RECIPE, to_float16
 
 log = logging.getLogger("dfengine")
@@ -250,22 +250,26 @@ def make_tensorrt_executors(
 ) -> list[Executor]:
     """Executors that share one engine. Raises DeviceMemoryError, InferenceError."""
     with gpu.lane():
-        engine, _ = compile_network(
+        engine, path = compile_network(
             runtime, gpu, name, onnx, profiles, precision=precision, max_batch=max_batch, cache=cache
         )
         dtype = np.float16 if precision == "fp16" else np.float32
         _check_types(runtime, engine, name, dtype)
-        make = RtxNetwork if runtime.is_rtx else TensorRtNetwork
-        fixed = all(p.least == p.most for p in profiles)
-        networks = [make(runtime, gpu, engine, name, fixed=fixed) for _ in range(contexts)]
+        networks: list[Network]
+        if runtime.is_rtx:
+            fixed = all(p.least == p.most for p in profiles)
+            kernels = path.with_suffix(".kernels")
+            networks = [RtxNetwork(runtime, engine, name, fixed=fixed, kernels=kernels) for _ in range(contexts)]
+        else:
+            networks = [TensorRtNetwork(runtime, engine, name) for _ in range(contexts)]
     return [Executor(gpu, name, n, profiles, max_batch=max_batch, dtype=dtype) for n in networks]
 
 
 class TensorRtNetwork:
     """An engine with a context for each shape. See Note [A context for each shape]."""
 
-    def __init__(self, runtime: TensorRt, gpu: Gpu, engine: Any, name: str, *, fixed: bool) -> None:
-        self._runtime, self._gpu, self._engine, self._name = runtime, gpu, engine, name
+    def __init__(self, runtime: TensorRt, engine: Any, name: str) -> None:
+        self._runtime, self._engine, self._name = runtime, engine, name
         self._scratch: DeviceArray | None = None
 
     def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> Bound:
@@ -287,9 +291,13 @@ class TensorRtNetwork:
 
 
 class RtxNetwork:
-    """An engine with one context, which captures and keeps graphs itself."""
+    """An engine with one context, which captures and keeps graphs itself.
 
-    def __init__(self, runtime: TensorRt, gpu: Gpu, engine: Any, name: str, *, fixed: bool) -> None:
+    ``fixed``: the inputs have one size. ``kernels``: a file for what RTX compiles when it runs, seconds each time; the
+    next process finds it there.
+    """
+
+    def __init__(self, runtime: TensorRt, engine: Any, name: str, *, fixed: bool, kernels: Path) -> None:
         trt = runtime.module
         runtime.messages.clear()
         config = engine.create_runtime_config()
@@ -298,6 +306,12 @@ class RtxNetwork:
         # would change kernels while videos are scored. P-Net has too many shapes for that.
         strategy = trt.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER if fixed else strategy.NONE
+        self._kernels, self._file = config.create_runtime_cache(), kernels
+        known = kernels.read_bytes() if kernels.exists() else b""
+        if known and not self._kernels.deserialize(known):
+            log.info("%s is of another driver or version, or damaged; kernels are compiled again", kernels)
+        self._known_bytes = len(known)
+        config.set_runtime_cache(self._kernels)
         self._runtime, self._name, self._engine = runtime, name, engine
         self._context = runtime._made(engine.create_execution_context(config), name, "no execution context")
 
@@ -309,6 +323,12 @@ class RtxNetwork:
 
     def close(self) -> None:
         self._context = self._engine = None
+        kernels = bytes(self._kernels.serialize())
+        if len(kernels) != self._known_bytes:
+            try:
+                write_atomically(self._file, kernels)
+            except OutputError as error:
+                log.warning("%s", error)
 
 
 class Bound:
