@@ -113,13 +113,14 @@ class Executor:
     def run(self, parts: Sequence[tuple[Any, ...]], ready: Sequence[Event]) -> list[NDArray[np.float32]]:
         """Runs rows of several callers as one batch, after the ``ready`` events.
 
-        ``parts``: the network's inputs in order, (rows, ...) each, C-contiguous, DeviceArrays or in main memory;
-        together at most ``max_batch`` rows. Returns the network's outputs for all rows in order, and waits until they are there.
-        Raises DeviceMemoryError, InferenceError.
+        ``parts``: the network's inputs in order, (rows, ...) each, together at most ``max_batch`` rows: C-contiguous
+        DeviceArrays of ``dtype``, or arrays in main memory. Returns the network's outputs for all rows in order, and
+        waits until they are there. Raises DeviceMemoryError, InferenceError.
         """
-        rows, shapes = self._check(parts)
         try:
             with self._lane as lane:
+                parts = [tuple(self._on_device(x) for x in part) for part in parts]
+                rows, shapes = self._check(parts)
                 for event in ready:
                     lane.wait(event)
                 slot = self._slot(tuple((bucket(rows, self.max_batch), *shape) for shape in shapes))
@@ -136,9 +137,15 @@ class Executor:
                 self._capture(slot)
                 return outputs
         except self._gpu.Error as error:
+            rows = sum(len(part[0]) for part in parts)
             raise InferenceError(
                 f"network {self.name} failed on a batch of {rows} ({error})", stage="runtime"
             ) from None
+
+    def _on_device(self, array: Any) -> DeviceArray:
+        if isinstance(array, DeviceArray):
+            return array
+        return self._lane.upload(np.ascontiguousarray(array, self.dtype))
 
     def close(self) -> None:
         """Frees buffers, graphs and the network's context."""
