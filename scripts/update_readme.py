@@ -154,10 +154,10 @@ def bound_table(result: dict[str, Any]) -> str:
 def gpu_engine_table(result: dict[str, Any]) -> str:
     lines = [
         f"{len(result['clips'])} DFDC clips of 10 s in 1080p H.264, 17 frames each, videos a second on "
-        f"{result['machine']['gpu']}, {result['machine']['date']}. *Naive*: OpenCV, facenet-pytorch and torch, with the "
-        "networks on the GPU.",
+        f"{result['machine']['gpu']}, {result['machine']['date']}. *Naive*: OpenCV, facenet-pytorch and torch, with "
+        "the networks on the GPU.",
         "",
-        "| network | mode | decode alone | inference alone | engine | of the slower | than naive | max abs(dp) to CPU |",
+        "| network | mode | decode alone | inference alone | engine | of the slower | than naive | max dp to CPU |",
         "|---" * 8 + "|",
     ]
     for part in result["timing"]:

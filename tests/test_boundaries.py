@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "errors": set(),
     "bundle": VALUES,
     "cuda": VALUES,
-    "runtime": VALUES | {"bundle", "cuda"},
+    "runtime": VALUES | {"bundle", "cuda", "_kernels"},
     "media": VALUES,
     "sampling": VALUES | {"bundle"},
     "kernels": VALUES | {"_kernels"},

@@ -152,7 +152,7 @@ class HalfSession:
 
     def run(self, x: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            return [y.numpy() for y in self._module(torch.from_numpy(x.astype(np.float16)))]
+            return [np.ascontiguousarray(y.numpy()) for y in self._module(torch.from_numpy(x.astype(np.float16)))]
 
 
 def test_the_detector_finds_the_same_faces(astronaut: np.ndarray) -> None:

@@ -90,7 +90,7 @@ class CpuDecoder:
         if self._lane is None:
             return image
         with self._lane as lane:
-            components: tuple[Any, ...] = tuple(lane.upload(c) for c in image.components)
+            components: tuple[Any, ...] = tuple(lane.upload(np.asarray(c)) for c in image.components)
         return replace(image, components=components)
 
     def close(self) -> None:
