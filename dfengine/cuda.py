@@ -21,7 +21,8 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -101,9 +102,18 @@ class Gpu:
         """A new lane, for one thread. Its stream lives as long as the Gpu is open."""
         return Lane(self)
 
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """The context is current on this thread inside it: for what needs no stream of its own."""
+        self._context.push()
+        try:
+            yield
+        finally:
+            self._pycuda.Context.pop()
+
     def free_bytes(self) -> int:
         """Device memory nobody holds. What lanes keep for later use is not in it."""
-        with _Current(self):
+        with self.current():
             free: int = self._pycuda.mem_get_info()[0]
             return free
 
@@ -143,7 +153,7 @@ class Lane:
         self._events: deque[Any] = deque()
         self._staging: NDArray[np.uint8] | None = None  # pinned
         self._staged: Event | None = None  # the last upload
-        with _Current(gpu):
+        with gpu.current():
             self._stream = self._pycuda.Stream(_NON_BLOCKING)
             self.stream: int = self._stream.handle
         gpu._lanes.append(self)
@@ -268,7 +278,7 @@ class Lane:
 
     def close(self) -> None:
         """Waits for the stream and frees what the lane keeps. Only arrays it gave out can be used afterwards."""
-        with _Current(self.gpu):
+        with self.gpu.current():
             self._close()
 
     def _close(self) -> None:
@@ -461,19 +471,6 @@ class _Block:
 
     def __del__(self) -> None:
         self._home.append(self._allocation)
-
-
-class _Current:
-    """The context is current on this thread inside it."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
-
-    def __enter__(self) -> None:
-        self._gpu._context.push()
-
-    def __exit__(self, *error: object) -> None:
-        self._gpu._pycuda.Context.pop()
 
 
 def _find(ordinal: int) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -64,6 +65,7 @@ def make_executors(
 ) -> list[Executor]:
     """``contexts`` executors of one network, for as many threads. ``name`` is for messages and file names.
 
+    ``backend``: one of BACKENDS, as ``choose_backend`` gave it; choosing anew for each network costs time.
     Raises DeviceError, DeviceMemoryError, InferenceError.
     """
     cache = EngineCache(cache_dir or default_cache_dir())
@@ -98,7 +100,7 @@ def compile_bundle(
     made = {}
     try:
         for name, onnx, profiles, max_batch in networks(bundle):
-            with gpu.lane() if gpu is not None else _Nothing():
+            with gpu.current() if gpu is not None else nullcontext():
                 made[name] = compile_network(
                     runtime,
                     gpu,
@@ -204,7 +206,7 @@ def _try(name: str, gpu: Gpu, cache: EngineCache) -> str:
         if not torch.cuda.is_available():
             raise DeviceError(f"torch {version} has no CUDA, or it does not fit to the driver", stage="device")
         return version
-    with gpu.lane():  # the smallest real engine: P-Net. A plan that is refused is one for another GPU.
+    with gpu.current():  # the smallest real engine: P-Net. A plan that is refused is one for another GPU.
         onnx, profiles = _smallest_network()
         compile_network(
             import_tensorrt(name), gpu, "mtcnn/pnet", onnx, profiles, precision="fp16", max_batch=MAX_BATCH["pnet"],
@@ -217,9 +219,3 @@ def _smallest_network() -> tuple[bytes, tuple[Profile, ...]]:
     bundle = Bundle.load("mtcnn")
     spec = bundle.member("pnet")
     return bundle.onnx_bytes(spec), detector_profiles(spec, DetectorSettings())
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...

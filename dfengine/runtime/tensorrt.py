@@ -249,7 +249,7 @@ def make_tensorrt_executors(
     cache: EngineCache,
 ) -> list[Executor]:
     """Executors that share one engine. Raises DeviceMemoryError, InferenceError."""
-    with gpu.lane():
+    with gpu.current():
         engine, path = compile_network(
             runtime, gpu, name, onnx, profiles, precision=precision, max_batch=max_batch, cache=cache
         )

@@ -36,7 +36,7 @@ def make_torch_executors(
 
     if precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # for the whole process: fp32 means what it says
-    with gpu.lane(), _errors_of(torch, name):
+    with gpu.current(), _errors_of(torch, name):
         module = to_module(to_float16(onnx, name) if precision == "fp16" else onnx, name, f"cuda:{gpu.ordinal}")
     dtype = np.float16 if precision == "fp16" else np.float32
     return [
