@@ -17,8 +17,7 @@ from dfengine.audio import Sound, load_log_mel
 from dfengine.backbone import Backbone
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.crop import crop_tracks
-from dfengine.decode import open_video
-from dfengine.decode.cpu import DEFAULT_MEMORY_BYTES
+from dfengine.decode import DEFAULT_MEMORY_BYTES, open_video
 from dfengine.detect import Detector
 from dfengine.errors import DfengineError, OptionError, display_path
 from dfengine.runtime import resolve_device

@@ -1,0 +1,442 @@
+"""Decoding with NVDEC through PyNvVideoCodec 2.x: the planes never leave the GPU.
+
+Note [What NVDEC gets]
+H.264 and HEVC with 4:2:0, progressive, one sequence parameter set a video, a file without visible damage, and what
+``GetDecoderCaps`` says the GPU takes. All else, and any failure, goes to the CPU decoder. In modes but exact, packets
+of pictures that nobody depends on are never submitted: those whose NAL units say so (H.264: nal_ref_idc 0; HEVC:
+sub-layer non-reference pictures of the highest temporal layer in the file).
+
+Note [Checked, not believed]
+NVDEC's parser drops pictures it cannot start from without a word, and PyNvVideoCodec scales pictures to the first
+size where the size changes. So before decoding it is known which times must come out, in which order; the first frame
+that does not fit ends NVDEC's part. What it cannot tell: damage inside a picture, which NVDEC conceals.
+
+Note [Equal parameter sets]
+PyNvVideoCodec keeps a decoder's size, crop and number of surfaces when the next video has the same coded size, and
+scales, or refuses, when it has not. So a decoder is used again only for videos with the very same sequence parameter
+set, which states all of these; otherwise it is made anew.
+
+Note [Buffers]
+A frame of ``Decode`` is overwritten by the next ``Decode``, on the decoder's stream. So wanted frames are copied to
+memory of the caller's lane at once, between two events: the copy waits for the decoder, and the decoder for the copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from dfengine.decode.cpu import to_image
+from dfengine.decode.nal import NalFormat, Picture, Sequence
+from dfengine.decode.video import TIE_SECONDS, CannotDecode, Numbered, Packets
+from dfengine.errors import DeviceError, DeviceMemoryError
+from dfengine.sampling import Mode, Segment
+from dfengine.types import F64, Bool, Image
+
+if TYPE_CHECKING:
+    from dfengine.cuda import Gpu, Lane
+
+# A session decodes on one engine; while its video waits for the other stages, or its thread for the interpreter, that
+# engine is idle. Two sessions an engine cover such gaps. Chosen, to be measured by benchmarks/nvdec.py.
+SESSIONS_PER_ENGINE = 2
+
+# How long a video waits for a decoder before the CPU decodes it. Decoders are held while their video is scored, seconds
+# at most; longer means that somebody keeps a video open without reading on. Chosen.
+WAIT_SECONDS = 60.0
+
+_CODECS = {"h264": "H264", "hevc": "HEVC"}  # names of PyNvVideoCodec.cudaVideoCodec
+_LABELS = {"h264": "H.264", "hevc": "HEVC"}
+_CHROMA = ("4:0:0", "4:2:0", "4:2:2", "4:4:4")
+_DTYPES = {"NV12": np.uint8, "P016": np.uint16}
+
+_Key = tuple[str, bytes]  # codec and sequence parameter set; Note [Equal parameter sets]
+
+
+class DecoderPool:
+    """NVDEC sessions of one GPU, lent to one video at a time. Thread-safe.
+
+    ``size``: how many there may be; by default two for each decoder engine that the driver reports. ``nvc``: stands in
+    for the package PyNvVideoCodec. Raises DeviceError if that, or the driver's part of it, is not here.
+    """
+
+    def __init__(self, gpu: Gpu, size: int | None = None, *, nvc: Any = None) -> None:
+        self._gpu = gpu
+        self._nvc = nvc if nvc is not None else _import_nvc()
+        self._caps: dict[tuple[str, int], dict[str, int]] = {}
+        self._changed = threading.Condition()
+        self._idle: list[_Session] = []  # the one used last comes last
+        self._lent = 0
+        self._closed = False
+        self.engines = self.capabilities("h264", 8).get("num_decoder_engines", 1)
+        self.size = size if size is not None else max(1, SESSIONS_PER_ENGINE * self.engines)
+
+    def capabilities(self, codec: str, bit_depth: int) -> dict[str, int]:
+        """What the driver says of 4:2:0 video. Asked once: it makes a CUDA context each time."""
+        with self._changed:
+            if (codec, bit_depth) not in self._caps:
+                chroma = getattr(self._nvc.cudaVideoChromaFormat, "420")
+                named = getattr(self._nvc.cudaVideoCodec, _CODECS[codec])
+                try:
+                    caps = self._nvc.GetDecoderCaps(
+                        gpuid=self._gpu.ordinal, codec=named, chromaformat=chroma, bitdepth=bit_depth
+                    )
+                except Exception as error:  # of no common type
+                    raise DeviceError(f"NVDEC cannot be asked what it takes: {_line(error)}", stage="device") from None
+                self._caps[codec, bit_depth] = dict(caps)
+            return self._caps[codec, bit_depth]
+
+    def check(self, codec: str, sequence: Sequence) -> None:
+        """Raises CannotDecode if the GPU does not take such pictures."""
+        name, depth, (w, h) = _LABELS[codec], sequence.bit_depth, sequence.coded_wh
+        caps = self.capabilities(codec, depth)
+        if not caps["supported"]:
+            raise CannotDecode(f"NVDEC of this GPU does not take {name} with {depth} bits")
+        low, high, blocks = (
+            (caps["width_min"], caps["height_min"]),
+            (caps["width_max"], caps["height_max"]),
+            caps["mb_num_max"],
+        )
+        fits = low[0] <= w <= high[0] and low[1] <= h <= high[1] and -(-w // 16) * -(-h // 16) <= blocks
+        if not fits:
+            raise CannotDecode(
+                f"NVDEC of this GPU takes {name} of {low[0]}x{low[1]} to {high[0]}x{high[1]} pixels and at most "
+                f"{blocks} macroblocks; this is {w}x{h}"
+            )
+
+    def borrow(self, key: _Key) -> _Session:
+        """Waits for a free session, at most WAIT_SECONDS. Raises CannotDecode. Give it back with ``give_back``."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        stale: _Session | None = None
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise CannotDecode("the engine was closed")
+                equal = next((s for s in reversed(self._idle) if s.key == key), None)
+                if equal is not None:
+                    self._idle.remove(equal)
+                    self._lent += 1
+                    return equal
+                if self._lent + len(self._idle) < self.size:
+                    break
+                if self._idle:
+                    stale = self._idle.pop(0)
+                    break
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise CannotDecode(f"none of {self.size} NVDEC decoders became free in {WAIT_SECONDS:.0f} s")
+            self._lent += 1
+        try:
+            if stale is not None:
+                stale.close()
+            return _Session(self._gpu, self._nvc, key)
+        except BaseException as error:
+            self._forget()
+            if isinstance(error, Exception):
+                raise CannotDecode(f"NVDEC cannot be started: {_line(error)}") from error
+            raise
+
+    def give_back(self, session: _Session, *, healthy: bool) -> None:
+        """``healthy``: everything went well and the decoder was emptied; otherwise it is not used again."""
+        with self._changed:
+            if healthy and not self._closed:
+                self._idle.append(session)
+                self._lent -= 1
+                self._changed.notify()
+                return
+        try:
+            session.close()
+        finally:
+            self._forget()
+
+    def close(self) -> None:
+        """Ends idle sessions now and lent ones when they come back."""
+        with self._changed:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for session in idle:
+            session.close()
+
+    def _forget(self) -> None:
+        with self._changed:
+            self._lent -= 1
+            self._changed.notify()
+
+
+class _Session:
+    """One decoder of PyNvVideoCodec, on a stream of its own. Used by one thread at a time."""
+
+    def __init__(self, gpu: Gpu, nvc: Any, key: _Key) -> None:
+        self.key = key
+        self.lane = gpu.lane()
+        self._nvc = nvc
+        with self.lane:
+            self._decoder = nvc.CreateDecoder(
+                gpuid=gpu.ordinal,
+                codec=getattr(nvc.cudaVideoCodec, _CODECS[key[0]]),
+                cudacontext=0,  # the primary context, as the lane's
+                cudastream=self.lane.stream,
+                usedevicememory=True,
+                outputColorType=nvc.OutputColorType.NATIVE,
+                latency=nvc.DisplayDecodeLatencyType.NATIVE,  # the others are for streams without B-pictures
+            )
+
+    def decode(self, data: bytes, pts: int) -> list[Any]:
+        """The frames, in order of time, that whole pictures in Annex B bring out; none: all that are left."""
+        packet = self._nvc.PacketData()
+        if data:
+            packet.bsl_data = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+            packet.bsl = len(data)
+            packet.pts = pts
+        frames: list[Any] = self._decoder.Decode(packet)
+        return frames
+
+    def close(self) -> None:
+        with self.lane:
+            self._decoder = None
+        self.lane.close()
+
+
+class NvdecDecoder:
+    """Decodes with NVDEC; images are 4:2:0 with interleaved chroma (NV12, P016) in memory of ``lane``."""
+
+    name = "nvdec"
+
+    def __init__(self, lane: Lane, pool: DecoderPool) -> None:
+        self.frames_decoded = 0
+        self.damaged = 0
+        self._lane, self._pool = lane, pool
+        self._nal: NalFormat | None = None
+        self._pictures: list[Picture] = []
+        self._fault = ""
+        self._session: _Session | None = None
+        self._healthy = True
+
+    def examine(self, packet: Packet[Any]) -> None:
+        if self._nal is None:
+            self._nal = NalFormat(packet.stream.codec_context)
+        if not self._nal.codec or self._fault:
+            return
+        try:
+            if packet.is_corrupt:
+                raise ValueError("the container calls it corrupt")
+            self._pictures.append(self._nal.picture(bytes(packet)))
+        except ValueError as error:
+            self._fault = f"the file is damaged: packet {len(self._pictures)}: {error}"
+
+    def start(self, stream: VideoStream, packets: Packets, mode: Mode) -> None:
+        self.frames_decoded = self.damaged = 0
+        self._stream, self._packets = stream, packets
+        self._template: Image | None = None
+        key = self._admit(packets)
+        layers = np.array([p.layer for p in self._pictures])
+        disposable = np.array([p.disposable for p in self._pictures], bool) & (layers == layers.max())
+        self._submitted: Bool = ~disposable if mode != "exact" else np.ones(len(disposable), bool)
+        self._session, self._healthy = self._pool.borrow(key), True
+
+    def decode(
+        self, numbered: Iterator[Numbered], segment: Segment, wanted: F64
+    ) -> Generator[tuple[Image | None, float], None, None]:
+        """Pictures that no wanted time can choose are None: they are not copied."""
+        assert self._nal is not None
+        due = _Due(self._packets, self._submitted, segment, wanted)
+        emptied = False
+        try:
+            for number, packet in numbered:
+                if number == 0:
+                    self._template = self._look_at(packet)
+                if self._submitted[number]:
+                    sets = self._nal.parameter_sets if number == segment.first else ()
+                    data = self._nal.annex_b(chain(sets, self._nal.units(bytes(packet))))
+                    yield from self._run(data, packet.pts or 0, due)
+            emptied = True
+            yield from self._run(b"", 0, due)
+            due.check_all_came()
+        except GeneratorExit:
+            if not emptied:
+                self._empty()
+            raise
+        except BaseException:
+            self._healthy = False
+            raise
+
+    def to_image(self, picture: Image | None) -> Image:
+        assert picture is not None, "a picture was chosen that no wanted time could choose"
+        return picture
+
+    def close(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            self._pool.give_back(session, healthy=self._healthy)
+
+    def _admit(self, packets: Packets) -> _Key:
+        """What the video needs of a decoder. Raises CannotDecode if NVDEC is not for it."""
+        nal = self._nal
+        assert nal is not None, "a scan that finds no packet raises"
+        if not nal.codec:
+            codec = self._stream.codec_context.name
+            raise CannotDecode(f"NVDEC is used for H.264 and HEVC alone; the codec is {codec}")
+        if self._fault or packets.warnings:
+            raise CannotDecode(self._fault or f"the file is damaged: {packets.warnings[0]}")
+        if not packets.timed:
+            raise CannotDecode("the file does not state when frames are shown; NVDEC's frames are told apart by that")
+        sps = {*nal.sps(), *(unit for picture in self._pictures for unit in picture.sps)}
+        if len(sps) != 1:
+            raise CannotDecode(f"the video has {len(sps)} sequence parameter sets; NVDEC is used for one alone")
+        (only,) = sps
+        try:
+            sequence = nal.sequence(only)
+        except ValueError as error:
+            raise CannotDecode(f"the sequence parameter set cannot be read: {error}") from None
+        if sequence.chroma_format != 1:
+            raise CannotDecode(f"NVDEC is used for 4:2:0 alone; this is {_CHROMA[sequence.chroma_format & 3]}")
+        if not sequence.progressive:
+            raise CannotDecode("the video is interlaced; NVDEC would change its pictures")
+        if any(sequence.crop_ltrb[:2]):
+            raise CannotDecode("the video is cropped at the left or at the top; NVDEC would crop it elsewhere")
+        self._pool.check(nal.codec, sequence)
+        self._display_wh = sequence.display_wh
+        return nal.codec, only
+
+    def _look_at(self, packet: Packet[VideoStream]) -> Image:
+        """The first picture, decoded on the CPU: rotation and colours are FFmpeg's to tell, for both decoders."""
+        codec = self._stream.codec_context
+        codec.thread_count = 1
+        try:
+            # Without the packet's flags: an edit list may hide this picture.
+            frames = [*codec.decode(Packet(bytes(packet))), *codec.decode(None)]
+        except av.FFmpegError as error:
+            raise CannotDecode(f"the file is damaged: the first picture cannot be decoded ({error.strerror})") from None
+        finally:
+            codec.flush_buffers()
+        if not frames:
+            raise CannotDecode("the first picture depends on others that are not in the file")
+        if (frames[0].width, frames[0].height) != self._display_wh:
+            raise CannotDecode(
+                f"the first picture is {frames[0].width}x{frames[0].height}, its parameter set states "
+                f"{self._display_wh[0]}x{self._display_wh[1]}"
+            )
+        if frames[0].interlaced_frame:
+            raise CannotDecode("the video is interlaced; NVDEC would change its pictures")
+        return to_image(frames[0])
+
+    def _run(self, data: bytes, pts: int, due: _Due) -> list[tuple[Image | None, float]]:
+        """What comes out when ``data`` goes in. Raises CannotDecode if that is not what is due."""
+        assert self._session is not None
+        pictures: list[tuple[Image | None, float]] = []
+        try:
+            with self._lane as lane:
+                frames = self._session.decode(data, pts)
+                self.frames_decoded += len(frames)
+                came = [(frame, float(frame.getPTS() * (self._stream.time_base or 0))) for frame in frames]
+                taken = [(frame, at, is_wanted) for frame, at in came for is_wanted in due.take(at)]
+                lane.wait(self._session.lane.record())  # Note [Buffers]
+                for frame, at, is_wanted in taken:
+                    pictures.append((self._copy(frame) if is_wanted else None, at))
+                self._session.lane.wait(lane.record())
+        except (CannotDecode, DeviceMemoryError):
+            raise
+        except Exception as error:  # PyNvVideoCodec's have no common type
+            raise CannotDecode(f"NVDEC failed: {_line(error)}") from error
+        return pictures
+
+    def _copy(self, frame: Any) -> Image:
+        """A frame in memory of the lane. Raises CannotDecode if it is not what the video's headers state."""
+        from dfengine.cuda import DeviceArray
+
+        assert self._template is not None
+        (w, h), kind = self._display_wh, frame.format.name
+        if kind not in _DTYPES or (kind == "NV12") != (self._template.bit_depth == 8):
+            raise CannotDecode(f"NVDEC gave frames of kind {kind} for {self._template.bit_depth} bits")
+        dtype = np.dtype(_DTYPES[kind])
+        seen_h, seen_w = frame.cuda()[0].shape[:2]
+        # One buffer: rows of luma, then rows of chroma. Its views state strides in other units from version to version.
+        luma, chroma = frame.GetPtrToPlane(0), frame.GetPtrToPlane(1)
+        pitch, rest = divmod(chroma - luma, h)
+        if (seen_w, seen_h) != (w, h) or rest or pitch < w * dtype.itemsize:
+            raise CannotDecode(
+                f"NVDEC gave frames of {seen_w}x{seen_h} for {w}x{h}, with {chroma - luma} bytes of luma"
+            )
+        rows = (h + h // 2, w)
+        source = DeviceArray(luma, rows, dtype, strides=(pitch, dtype.itemsize), owner=frame, stream=self._lane.stream)
+        planes = self._lane.empty(rows, dtype)
+        self._lane.copy(source, planes)
+        pair = (w * dtype.itemsize, 2 * dtype.itemsize)
+        blue, red = (
+            planes.view(offset=h * w * dtype.itemsize + i * dtype.itemsize, shape=(h // 2, w // 2), strides=pair)
+            for i in range(2)
+        )
+        components: tuple[Any, ...] = (planes[:h], blue, red)
+        # P016 has its bits at the top.
+        return replace(self._template, components=components, bit_depth=8 * dtype.itemsize, subsampling_xy=(2, 2))
+
+    def _empty(self) -> None:
+        """Drops what is in the decoder, so that it can begin elsewhere."""
+        assert self._session is not None
+        try:
+            with self._lane:
+                self._session.decode(b"", 0)
+        except Exception:  # then it is not used again
+            self._healthy = False
+
+
+class _Due:
+    """Which frames of a segment must come out, in which order, and which of them a wanted time may choose."""
+
+    def __init__(self, packets: Packets, submitted: Bool, segment: Segment, wanted: F64) -> None:
+        mine = slice(segment.first, segment.end)
+        seconds, shown = packets.seconds[mine], packets.is_shown[mine]
+        self._begin_seconds = segment.begin_seconds
+        self._hidden = set(seconds[~shown].tolist())
+        self._seconds = np.sort(seconds[submitted[mine] & shown & (seconds >= segment.begin_seconds)])
+        self._came = 0
+        self._wanted: set[int] = set()
+        if len(self._seconds) and len(wanted):
+            right = np.searchsorted(self._seconds, wanted).clip(0, len(self._seconds) - 1)
+            left = (right - 1).clip(0)
+            before, behind = wanted - self._seconds[left], self._seconds[right] - wanted
+            # The chooser settles ties; both sides of one are kept.
+            self._wanted |= set(left[before <= behind + 2 * TIE_SECONDS].tolist())
+            self._wanted |= set(right[behind <= before + 2 * TIE_SECONDS].tolist())
+
+    def take(self, at: float) -> list[bool]:
+        """Whether the frame at ``at`` may be chosen; nothing for a frame that is not used. Raises CannotDecode."""
+        if at < self._begin_seconds or at in self._hidden:
+            return []
+        if self._came == len(self._seconds) or at != self._seconds[self._came]:
+            rest = self._seconds[self._came :]
+            instead = f"that at {rest[0]:.3f} s" if len(rest) else "none"
+            raise CannotDecode(f"NVDEC gave the frame at {at:.3f} s, {instead} was due")
+        self._came += 1
+        return [self._came - 1 in self._wanted]
+
+    def check_all_came(self) -> None:
+        """Raises CannotDecode."""
+        if self._came < len(self._seconds):
+            raise CannotDecode(f"NVDEC gave {self._came} of {len(self._seconds)} frames")
+
+
+def _import_nvc() -> Any:
+    try:
+        import PyNvVideoCodec
+    except Exception as error:  # without the driver's libraries it raises RuntimeError
+        raise DeviceError(
+            f"NVDEC cannot be used: {_line(error)}; pip install 'dfengine[gpu]', and in a container "
+            "NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
+            stage="device",
+        ) from None
+    return PyNvVideoCodec
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
