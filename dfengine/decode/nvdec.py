@@ -27,6 +27,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,7 @@ class _Session:
     def __init__(self, gpu: Gpu, nvc: Any, key: _Key) -> None:
         self.key = key
         self.lane = gpu.lane()
+        self.is_filled = False
         self._nvc = nvc
         with self.lane:
             self._decoder = nvc.CreateDecoder(
@@ -193,6 +195,7 @@ class _Session:
     def decode(self, data: bytes, pts: int) -> list[Any]:
         """The frames, in order of time, that whole pictures in Annex B bring out; none: all that are left."""
         packet = self._nvc.PacketData()
+        self.is_filled = bool(data)
         if data:
             packet.bsl_data = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
             packet.bsl = len(data)
@@ -249,7 +252,7 @@ class NvdecDecoder:
         """Pictures that no wanted time can choose are None: they are not copied."""
         assert self._nal is not None
         due = _Due(self._packets, self._submitted, segment, wanted)
-        emptied = False
+        self._empty()  # what a segment before brought in that nobody waited for
         try:
             for number, packet in numbered:
                 if number == 0:
@@ -258,14 +261,9 @@ class NvdecDecoder:
                     sets = self._nal.parameter_sets if number == segment.first else ()
                     data = self._nal.annex_b(chain(sets, self._nal.units(bytes(packet))))
                     yield from self._run(data, packet.pts or 0, due)
-            emptied = True
             yield from self._run(b"", 0, due)
             due.check_all_came()
-        except GeneratorExit:
-            if not emptied:
-                self._empty()
-            raise
-        except BaseException:
+        except Exception:
             self._healthy = False
             raise
 
@@ -275,6 +273,8 @@ class NvdecDecoder:
 
     def close(self) -> None:
         if self._session is not None:
+            with suppress(CannotDecode):
+                self._empty()
             session, self._session = self._session, None
             self._pool.give_back(session, healthy=self._healthy)
 
@@ -382,11 +382,13 @@ class NvdecDecoder:
     def _empty(self) -> None:
         """Drops what is in the decoder, so that it can begin elsewhere."""
         assert self._session is not None
-        try:
-            with self._lane:
-                self._session.decode(b"", 0)
-        except Exception:  # then it is not used again
-            self._healthy = False
+        if self._healthy and self._session.is_filled:
+            try:
+                with self._lane:
+                    self._session.decode(b"", 0)
+            except Exception as error:
+                self._healthy = False
+                raise CannotDecode(f"NVDEC failed: {_line(error)}") from error
 
 
 class _Due:
@@ -438,5 +440,6 @@ def _import_nvc() -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    """What an error says, in one line. PyNvVideoCodec's say where, then "Error Type :" and what, then where again."""
+    text = str(error).strip() or type(error).__name__
+    return text.partition("Error Type :")[2].strip().partition("\n")[0] or text.partition("\n")[0].strip()
