@@ -16,6 +16,7 @@ _START_CODE = re.compile(b"\0\0\1")
 
 _H264_SPS, _H264_PPS = 7, 8
 _HEVC_VPS, _HEVC_SPS, _HEVC_PPS = 32, 33, 34
+_HEVC_SUB_LAYER_NON_REFERENCE = range(0, 15, 2)
 _H264_HIGH = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)  # profiles that state their chroma format
 
 
@@ -101,27 +102,37 @@ class NalFormat:
         """The units with start codes in front."""
         return b"".join(part for unit in units for part in (_START, unit))
 
+    def beginning(self, packet: bytes, slice_bytes: int) -> bytes:
+        """The packet, cut off behind the first ``slice_bytes`` of its first slice. Raises ValueError as ``units``."""
+        kept: list[bytes | memoryview] = []
+        for unit in self.units(packet):
+            if self._is_slice(unit):
+                kept.append(unit[:slice_bytes])
+                break
+            kept.append(unit)
+        if not self.length_bytes:
+            return self.annex_b(kept)
+        return b"".join(part for unit in kept for part in (len(unit).to_bytes(self.length_bytes, "big"), unit))
+
     def picture(self, packet: bytes) -> Picture:
         """Raises ValueError if the packet is damaged so far that its units cannot be told apart."""
-        disposable, layer, sps, has_sets = True, 0, [], False
-        pictures = 0
+        disposable, layer, sps = True, 0, []
+        has_slices = has_sets = False
         for unit in self.units(packet):
             if self.codec == "h264":
-                kind = unit[0] & 31
-                is_picture, is_disposable = 1 <= kind <= 5, not unit[0] & 0x60  # nal_ref_idc
+                is_disposable = not unit[0] & 0x60  # nal_ref_idc
             else:
-                kind = unit[0] >> 1 & 63
-                is_picture, is_disposable = kind < 32, kind <= 14 and kind % 2 == 0  # sub-layer non-reference
+                is_disposable = self._kind(unit) in _HEVC_SUB_LAYER_NON_REFERENCE
                 layer = max(layer, (unit[1] & 7) - 1)
-            if is_picture:
-                pictures += 1
+            if self._is_slice(unit):
+                has_slices = True
                 disposable &= is_disposable
             elif self._is_parameter_set(unit):
                 has_sets = True
-                if kind in (_H264_SPS, _HEVC_SPS):
+                if self._is_sps(unit):
                     sps.append(bytes(unit))
         # What is left out must not take parameter sets along that later pictures need.
-        return Picture(disposable and pictures > 0 and not has_sets, layer, tuple(sps))
+        return Picture(disposable and has_slices and not has_sets, layer, tuple(sps))
 
     def sequence(self, sps: bytes) -> Sequence:
         """What a sequence parameter set says. Raises ValueError if it cannot be read."""
@@ -130,10 +141,16 @@ class NalFormat:
 
     def sps(self) -> tuple[bytes, ...]:
         """Those of the container's header."""
-        return tuple(unit for unit in self.parameter_sets if self._kind(unit) in (_H264_SPS, _HEVC_SPS))
+        return tuple(unit for unit in self.parameter_sets if self._is_sps(unit))
 
     def _kind(self, unit: bytes | memoryview) -> int:
         return unit[0] & 31 if self.codec == "h264" else unit[0] >> 1 & 63
+
+    def _is_slice(self, unit: bytes | memoryview) -> bool:
+        return 1 <= self._kind(unit) <= 5 if self.codec == "h264" else self._kind(unit) < 32
+
+    def _is_sps(self, unit: bytes | memoryview) -> bool:
+        return self._kind(unit) == (_H264_SPS if self.codec == "h264" else _HEVC_SPS)
 
     def _is_parameter_set(self, unit: bytes | memoryview) -> bool:
         sets = (_H264_SPS, _H264_PPS) if self.codec == "h264" else (_HEVC_VPS, _HEVC_SPS, _HEVC_PPS)
