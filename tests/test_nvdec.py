@@ -396,7 +396,7 @@ def test_faults(made: MakeClip, faults: dict[str, object], reason: str | None, m
     assert got.seconds == cpu.seconds
     assert got.warnings == []
     if reason is None:
-        assert got.fallback_reason.startswith("NVDEC gave the frame at ")
+        assert got.fallback_reason.startswith("NVDEC gave the frame with time stamp ")
     else:
         assert got.fallback_reason == reason
     assert "\n" not in got.fallback_reason

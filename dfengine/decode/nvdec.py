@@ -42,7 +42,7 @@ from dfengine.decode.nal import NalFormat, Picture, Sequence
 from dfengine.decode.video import TIE_SECONDS, CannotDecode, Numbered, Packets
 from dfengine.errors import DeviceError, DeviceMemoryError
 from dfengine.sampling import Mode, Segment
-from dfengine.types import F64, Bool, Image
+from dfengine.types import F64, Image
 
 if TYPE_CHECKING:
     from dfengine.cuda import Gpu, Lane
@@ -222,7 +222,8 @@ class NvdecDecoder:
         self.damaged = 0
         self._lane, self._pool = lane, pool
         self._nal: NalFormat | None = None
-        self._pictures: list[Picture] = []
+        self._pictures: list[Picture] = []  # by packet, as the next
+        self._stamps: list[int | None] = []
         self._fault = ""
         self._session: _Session | None = None
         self._healthy = True
@@ -236,6 +237,7 @@ class NvdecDecoder:
             if packet.is_corrupt:
                 raise ValueError("the container calls it corrupt")
             self._pictures.append(self._nal.picture(bytes(packet)))
+            self._stamps.append(packet.pts)
         except ValueError as error:
             self._fault = f"the file is damaged: packet {len(self._pictures)}: {error}"
 
@@ -244,9 +246,8 @@ class NvdecDecoder:
         self._stream, self._packets = stream, packets
         self._template: Image | None = None
         key = self._admit(packets)
-        layers = np.array([p.layer for p in self._pictures])
-        disposable = np.array([p.disposable for p in self._pictures], bool) & (layers == layers.max())
-        self._submitted: Bool = ~disposable if mode != "exact" else np.ones(len(disposable), bool)
+        top = max(p.layer for p in self._pictures)
+        self._submitted = [mode == "exact" or not (p.disposable and p.layer == top) for p in self._pictures]
         self._session, self._healthy = self._pool.borrow(key), True
 
     def decode(
@@ -254,7 +255,7 @@ class NvdecDecoder:
     ) -> Generator[tuple[Image | None, float], None, None]:
         """Pictures that no wanted time can choose are None: they are not copied."""
         assert self._nal is not None
-        due = _Due(self._packets, self._submitted, segment, wanted)
+        due = _Due(self._packets, self._stamps, self._submitted, segment, wanted)
         self._empty()  # what a segment before brought in that nobody waited for
         try:
             for number, packet in numbered:
@@ -346,12 +347,16 @@ class NvdecDecoder:
             with self._lane as lane:
                 frames = self._session.decode(data, pts)
                 self.frames_decoded += len(frames)
-                came = [(frame, float(frame.getPTS() * (self._stream.time_base or 0))) for frame in frames]
-                taken = [(frame, at, is_wanted) for frame, at in came for is_wanted in due.take(at)]
-                lane.wait(self._session.lane.record())  # Note [Buffers]
-                for frame, at, is_wanted in taken:
-                    pictures.append((self._copy(frame) if is_wanted else None, at))
-                self._session.lane.wait(lane.record())
+                taken = [due.take(frame.getPTS()) for frame in frames]
+                any_wanted = any(place is not None and place[1] for place in taken)
+                if any_wanted:
+                    lane.wait(self._session.lane.record())  # Note [Buffers]
+                for frame, place in zip(frames, taken, strict=True):
+                    if place is not None:
+                        at, is_wanted = place
+                        pictures.append((self._copy(frame) if is_wanted else None, at))
+                if any_wanted:
+                    self._session.lane.wait(lane.record())
         except (CannotDecode, DeviceMemoryError):
             raise
         except Exception as error:  # PyNvVideoCodec's have no common type
@@ -403,37 +408,45 @@ class NvdecDecoder:
 class _Due:
     """Which frames of a segment must come out, in which order, and which of them a wanted time may choose."""
 
-    def __init__(self, packets: Packets, submitted: Bool, segment: Segment, wanted: F64) -> None:
+    def __init__(
+        self, packets: Packets, stamps: list[int | None], submitted: list[bool], segment: Segment, wanted: F64
+    ) -> None:
         mine = slice(segment.first, segment.end)
-        seconds, shown = packets.seconds[mine], packets.is_shown[mine]
-        self._begin_seconds = segment.begin_seconds
-        self._hidden = set(seconds[~shown].tolist())
-        self._seconds = np.sort(seconds[submitted[mine] & shown & (seconds >= segment.begin_seconds)])
+        seconds = packets.seconds[mine]
+        usable = np.array(submitted[mine], bool) & packets.is_shown[mine] & (seconds >= segment.begin_seconds)
+        order = np.flatnonzero(usable)[np.argsort(seconds[usable], kind="stable")]
+        places = set(order.tolist())
+        self._stamps = [stamps[segment.first + i] for i in order]
+        self._others = {stamp for i, stamp in enumerate(stamps[mine]) if i not in places}
+        self._seconds = seconds[order].tolist()
         self._came = 0
         self._wanted: set[int] = set()
-        if len(self._seconds) and len(wanted):
-            right = np.searchsorted(self._seconds, wanted).clip(0, len(self._seconds) - 1)
+        if len(order) and len(wanted):
+            right = np.searchsorted(seconds[order], wanted).clip(0, len(order) - 1)
             left = (right - 1).clip(0)
-            before, behind = wanted - self._seconds[left], self._seconds[right] - wanted
+            before, behind = wanted - seconds[order][left], seconds[order][right] - wanted
             # The chooser settles ties; both sides of one are kept.
             self._wanted |= set(left[before <= behind + 2 * TIE_SECONDS].tolist())
             self._wanted |= set(right[behind <= before + 2 * TIE_SECONDS].tolist())
 
-    def take(self, at: float) -> list[bool]:
-        """Whether the frame at ``at`` may be chosen; nothing for a frame that is not used. Raises CannotDecode."""
-        if at < self._begin_seconds or at in self._hidden:
-            return []
-        if self._came == len(self._seconds) or at != self._seconds[self._came]:
-            rest = self._seconds[self._came :]
-            instead = f"that at {rest[0]:.3f} s" if len(rest) else "none"
-            raise CannotDecode(f"NVDEC gave the frame at {at:.3f} s, {instead} was due")
-        self._came += 1
-        return [self._came - 1 in self._wanted]
+    def take(self, stamp: int) -> tuple[float, bool] | None:
+        """The seconds of the frame that came, and whether it may be chosen; None if it is not used.
+
+        Raises CannotDecode if another was due.
+        """
+        place = self._came
+        if place < len(self._stamps) and stamp == self._stamps[place]:
+            self._came += 1
+            return self._seconds[place], place in self._wanted
+        if stamp in self._others:
+            return None
+        due = self._stamps[place] if place < len(self._stamps) else "none"
+        raise CannotDecode(f"NVDEC gave the frame with time stamp {stamp} where {due} was due")
 
     def check_all_came(self) -> None:
         """Raises CannotDecode."""
-        if self._came < len(self._seconds):
-            raise CannotDecode(f"NVDEC gave {self._came} of {len(self._seconds)} frames")
+        if self._came < len(self._stamps):
+            raise CannotDecode(f"NVDEC gave {self._came} of {len(self._stamps)} frames")
 
 
 def _import_nvc() -> Any:

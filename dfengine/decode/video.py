@@ -350,10 +350,14 @@ class Video:
         """Yields (picture, its seconds, how many wanted times it stands for), ascending in time."""
         for segment, decoded in self._decode_segments(packets, wanted, mode):
             targets = wanted[segment]
+            begins = targets.tolist()
             done = 0
             last: tuple[Any, float] | None = None
             with closing(decoded):
                 for picture, at in decoded:
+                    if done < len(begins) and begins[done] >= at + TIE_SECONDS:  # most frames: nobody is decided on yet
+                        last = (picture, at)
+                        continue
                     # Targets up to this frame belong to it or to the one before, whichever is nearer.
                     here = done + int(np.searchsorted(targets[done:], at + TIE_SECONDS))
                     near = targets[done:here]
