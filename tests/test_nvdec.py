@@ -29,6 +29,7 @@ from assets import (
     x264,
     x265,
 )
+from av.bitstream import BitStreamFilterContext
 from fake_cuda import FakeGpu, array_of
 from fake_nvdec import FakeNvc
 
@@ -425,6 +426,21 @@ def test_a_fault_between_chunks_hands_no_frame_out_twice(made: MakeClip) -> None
             assert np.array_equal(luma, b.components[0])
 
 
+def test_a_crop_at_the_left(made: MakeClip, tmp_path: Path) -> None:
+    path = tmp_path / "left.ts"
+    with av.open(str(made(clip_named("h264_keys.ts")))) as source, av.open(str(path), "w") as sink:
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        crop = BitStreamFilterContext("h264_metadata=crop_left=64:crop_top=8", source.streams.video[0])
+        for packet in (p for p in source.demux(video=0) if p.size):
+            for cropped in crop.filter(packet):
+                cropped.stream = stream
+                sink.mux(cropped)
+    rig = Rig()
+    got = rig.decode(path, "uniform:5", "exact")
+    assert got.fallback_reason == "the video is cropped at the left or at the top; NVDEC would crop it elsewhere"
+    assert {i.upright_hw for i in got.images} == {(112, 96)}
+
+
 def test_two_sizes_in_one_video(made: MakeClip, tmp_path: Path) -> None:
     path = tmp_path / "sizes.ts"
     with open(path, "wb") as out:
@@ -501,7 +517,8 @@ def test_frames_are_the_callers_and_nothing_leaks(made: MakeClip) -> None:
 def test_unwanted_frames_are_not_copied(made: MakeClip) -> None:
     rig = Rig()
     rig.decode(made(H264_KEYS), "uniform:5", "exact")
-    assert rig.gpu.fake.calls.count("dtod") == 5
+    calls = [c for c in rig.gpu.fake.calls if c in ("record", "wait", "dtod")]
+    assert calls == ["record", "wait", "dtod", "record", "wait"] * 5, "each copy waits, and is waited for"
 
 
 def test_a_gpu_without_memory_says_so(made: MakeClip) -> None:
@@ -536,6 +553,17 @@ def test_decoders_are_used_again_for_equal_parameter_sets_alone(made: MakeClip) 
             assert got.fallback_reason == ""
             check_same(got, on_cpu(made(clip), "every:1", "exact"))
         assert len(rig.nvc.decoders) == count
+
+
+def test_streams_are_not_left_behind(made: MakeClip) -> None:
+    rig = Rig(size=1)
+    clips = [x264(f"room{i}.mp4", "keyint=12", wh=(320, 96 + 32 * i), frames=4) for i in range(2)]
+    for fault in (None, 0, None):
+        rig.nvc.fail_at = fault
+        for clip in clips * 2:
+            rig.decode(made(clip), "first:1", "exact")
+    assert len(rig.nvc.decoders) == 12
+    assert len(rig.gpu._lanes) == 2, "the caller's and one for the pool"
 
 
 def test_the_decoder_unused_longest_makes_room(made: MakeClip) -> None:
@@ -622,6 +650,13 @@ def test_a_closed_pool_wakes_who_waits(made: MakeClip) -> None:
         rig.pool.close()
         thread.join()
     assert reasons == ["the engine was closed"]
+
+
+def test_a_driver_that_cannot_be_asked(made: MakeClip) -> None:
+    rig = Rig()
+    rig.nvc.caps["hevc", 8] = None  # type: ignore[assignment]
+    got = rig.decode(made(HEVC_FASTSTART), "uniform:2", "exact")
+    assert got.fallback_reason.startswith("NVDEC cannot be asked what it takes: ")
 
 
 def test_the_package_that_is_missing_is_named() -> None:

@@ -79,9 +79,10 @@ class DecoderPool:
         self._caps: dict[tuple[str, int], dict[str, int]] = {}
         self._changed = threading.Condition()
         self._idle: list[_Session] = []  # the one used last comes last
+        self._lanes: list[Lane] = []  # of sessions that ended; a lane's stream lives as long as the Gpu
         self._lent = 0
         self._closed = False
-        self.engines = self.capabilities("h264", 8).get("num_decoder_engines", 1)
+        self.engines = self.capabilities("h264", 8)["num_decoder_engines"]
         self.size = size if size is not None else max(1, SESSIONS_PER_ENGINE * self.engines)
 
     def capabilities(self, codec: str, bit_depth: int) -> dict[str, int]:
@@ -102,19 +103,18 @@ class DecoderPool:
     def check(self, codec: str, sequence: Sequence) -> None:
         """Raises CannotDecode if the GPU does not take such pictures."""
         name, depth, (w, h) = _LABELS[codec], sequence.bit_depth, sequence.coded_wh
-        caps = self.capabilities(codec, depth)
+        try:
+            caps = self.capabilities(codec, depth)
+        except DeviceError as error:
+            raise CannotDecode(error.message) from None
         if not caps["supported"]:
             raise CannotDecode(f"NVDEC of this GPU does not take {name} with {depth} bits")
-        low, high, blocks = (
-            (caps["width_min"], caps["height_min"]),
-            (caps["width_max"], caps["height_max"]),
-            caps["mb_num_max"],
-        )
-        fits = low[0] <= w <= high[0] and low[1] <= h <= high[1] and -(-w // 16) * -(-h // 16) <= blocks
-        if not fits:
+        low_w, low_h, high_w, high_h = (caps[k] for k in ("width_min", "height_min", "width_max", "height_max"))
+        blocks = -(-w // 16) * -(-h // 16)
+        if not (low_w <= w <= high_w and low_h <= h <= high_h and blocks <= caps["mb_num_max"]):
             raise CannotDecode(
-                f"NVDEC of this GPU takes {name} of {low[0]}x{low[1]} to {high[0]}x{high[1]} pixels and at most "
-                f"{blocks} macroblocks; this is {w}x{h}"
+                f"NVDEC of this GPU takes {name} of {low_w}x{low_h} to {high_w}x{high_h} pixels and at most "
+                f"{caps['mb_num_max']} macroblocks; this is {w}x{h}"
             )
 
     def borrow(self, key: _Key) -> _Session:
@@ -138,12 +138,16 @@ class DecoderPool:
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise CannotDecode(f"none of {self.size} NVDEC decoders became free in {WAIT_SECONDS:.0f} s")
             self._lent += 1
+        lane: Lane | None = None
         try:
             if stale is not None:
-                stale.close()
-            return _Session(self._gpu, self._nvc, key)
+                self._end(stale)
+            with self._changed:
+                lane = self._lanes.pop() if self._lanes else None
+            lane = lane or self._gpu.lane()
+            return _Session(self._gpu, self._nvc, key, lane)
         except BaseException as error:
-            self._forget()
+            self._forget(lane)
             if isinstance(error, Exception):
                 raise CannotDecode(f"NVDEC cannot be started: {_line(error)}") from error
             raise
@@ -156,10 +160,8 @@ class DecoderPool:
                 self._lent -= 1
                 self._changed.notify()
                 return
-        try:
-            session.close()
-        finally:
-            self._forget()
+        self._end(session)
+        self._forget()
 
     def close(self) -> None:
         """Ends idle sessions now and lent ones when they come back."""
@@ -168,10 +170,21 @@ class DecoderPool:
             idle, self._idle = self._idle, []
             self._changed.notify_all()
         for session in idle:
-            session.close()
+            self._end(session)
 
-    def _forget(self) -> None:
+    def _end(self, session: _Session) -> None:
+        try:
+            session.close()
+        except Exception:  # it failed before, which was told; its lane is not used again
+            return
         with self._changed:
+            self._lanes.append(session.lane)
+
+    def _forget(self, lane: Lane | None = None) -> None:
+        """One is lent no longer; ``lane`` was to be its own."""
+        with self._changed:
+            if lane is not None:
+                self._lanes.append(lane)
             self._lent -= 1
             self._changed.notify()
 
@@ -179,9 +192,9 @@ class DecoderPool:
 class _Session:
     """One decoder of PyNvVideoCodec, on a stream of its own. Used by one thread at a time."""
 
-    def __init__(self, gpu: Gpu, nvc: Any, key: _Key) -> None:
+    def __init__(self, gpu: Gpu, nvc: Any, key: _Key, lane: Lane) -> None:
         self.key = key
-        self.lane = gpu.lane()
+        self.lane = lane
         self.is_filled = False
         self._nvc = nvc
         with self.lane:
@@ -208,8 +221,8 @@ class _Session:
 
     def close(self) -> None:
         with self.lane:
+            self.lane.synchronize()  # also waits for the copies of its frames; Note [Buffers]
             self._decoder = None
-        self.lane.close()
 
 
 class NvdecDecoder:
