@@ -220,7 +220,8 @@ class _Session:
         return frames
 
     def close(self) -> None:
-        with self.lane:
+        # Freeing waits for the whole GPU, which must not happen while a graph is captured.
+        with self.lane.gpu.exclusive, self.lane:
             self.lane.synchronize()  # also waits for the copies of its frames; Note [Buffers]
             self._decoder = None
 
