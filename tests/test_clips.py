@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from assets import FACE, TWO_FACES, with_sound, write_clip
 from conftest import TOLERANCE
+from fake_gpu import FakeGpuDevice, crop_resize_cuda
 
 from dfengine import Engine
 from dfengine.audio import load_log_mel
@@ -196,3 +198,20 @@ def test_chunks_of_a_video_do_not_move_the_score(tmp_path: Path) -> None:
     assert a.p_fake == pytest.approx(b.p_fake, abs=1e-4)
     for f, g in zip(a.tracks[0].frames, b.tracks[0].frames, strict=True):
         assert f.p_fake == pytest.approx(g.p_fake, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_on_a_gpu_clips_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    """Crops of clips wait in main memory; sound comes from there."""
+    monkeypatch.setattr("dfengine._kernels.crop_resize_cuda", crop_resize_cuda, raising=False)
+    bundle = make_bundle(tmp_path / "b", {"input_hw": (32, 32)}, HEARS)
+    rng = np.random.default_rng(0)
+    video = with_sound(write_clip(TWO_FACES, tmp_path), rng.normal(0, 0.1, 16000), tmp_path / "sound.mp4")
+    with Engine(bundle, device="cpu", frames=10) as engine:
+        expected = engine.score(video)
+    with Engine(bundle, device=FakeGpuDevice(dtype=dtype), frames=10) as engine:
+        score = engine.score(video)
+    assert score.status == expected.status == "ok"
+    assert score.p_fake == pytest.approx(expected.p_fake, abs=TOLERANCE["p_fake", dtype])
+    for name, value in expected.members.items():
+        assert score.members[name] == pytest.approx(value, abs=TOLERANCE["p_fake", dtype])

@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from assets import FACE, NOBODY, TWO_FACES, write_bundle, write_clip
 from conftest import TOLERANCE
 from fake_cuda import FakeGpu
 from fake_gpu import FakeGpuDevice, crop_resize_cuda
+from fake_nvdec import FakeNvc
 
-from dfengine import Engine, VideoScore
+from dfengine import Engine, VideoScore, _kernels
+from dfengine.decode import DecoderPool
 from dfengine.errors import DeviceError
+from dfengine.track import Linker
+from dfengine.types import Frames
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +55,9 @@ def on_cpu(bundle: Path, clips: list[Path]) -> Iterator[list[VideoScore]]:
 
 def assert_agree(score: VideoScore, expected: VideoScore, tolerance: float) -> None:
     assert (score.path, score.status, score.error) == (expected.path, expected.status, expected.error)
-    assert (score.frames_decoded, score.frames_scored) == (expected.frames_decoded, expected.frames_scored)
+    assert score.frames_scored == expected.frames_scored
+    # NVDEC gets all packets of a run; the CPU stops at the last frame that is wanted.
+    assert abs(score.frames_decoded - expected.frames_decoded) <= (2 if score.decoder == "nvdec" else 0)
     if expected.p_fake is not None:
         assert score.p_fake == pytest.approx(expected.p_fake, abs=tolerance)
     for track, other in zip(score.tracks, expected.tracks, strict=True):
@@ -94,7 +101,8 @@ def test_all_memory_comes_back(bundle: Path, clips: list[Path], tmp_path: Path) 
             assert sum(s.status == "error" for s in scores) == 2
             assert gpu.live_bytes == 0
             held.append(gpu.allocated_bytes)
-        assert held[2] == held[1]  # memory is used again
+        # Memory is used again; how much is held depends on which videos met.
+        assert max(held) < 1.2 * min(held)
     assert gpu.allocated_bytes == 0
 
 
@@ -161,3 +169,77 @@ def test_dark_frames_are_looked_at_where_they_lie(bundle: Path, tmp_path: Path) 
     """Brightness is judged on the host; the frames of NOBODY are dark enough or not, as on the CPU."""
     with Engine(bundle, device=FakeGpuDevice()) as engine:
         assert engine.score(write_clip(NOBODY, tmp_path)).status == "no_face"
+
+
+@pytest.fixture
+def nvdec(monkeypatch: pytest.MonkeyPatch) -> FakeNvc:
+    nvc = FakeNvc()
+    monkeypatch.setattr("dfengine.engine.DecoderPool", lambda gpu: DecoderPool(gpu, nvc=nvc))
+    return nvc
+
+
+@pytest.mark.parametrize("mode", ["exact", "reference", "keyframe"])
+def test_the_whole_path_from_nvdec_on(bundle: Path, clips: list[Path], nvdec: FakeNvc, mode: str) -> None:
+    """Fake decoder, fake kernel, fake networks: what is left are the engine, the memory and the order of things."""
+    with Engine(bundle, device="cpu", mode=mode) as engine:
+        expected = [engine.score(path) for path in clips]
+    gpu = FakeGpu()
+    with Engine(bundle, device=FakeGpuDevice(gpu), mode=mode, workers=4) as engine:
+        for score, other in zip(engine.stream(clips * 3, ordered=True), expected * 3, strict=True):
+            assert_agree(score, other, TOLERANCE["p_fake", "float32"])
+            assert (score.decoder, score.fallback_reason) == ("nvdec", None)
+        assert gpu.live_bytes == 0
+
+
+def test_the_kernels_own_program(
+    bundle: Path, clips: list[Path], nvdec: FakeNvc, on_cpu: list[VideoScore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA kernel's code, compiled for the CPU."""
+
+    def emulated(*args: Any, stream: int, **options: Any) -> None:
+        _kernels.crop_resize_emulated(*args, **options)
+
+    monkeypatch.setattr("dfengine._kernels.crop_resize_cuda", emulated)
+    with Engine(bundle, device=FakeGpuDevice(dtype="float16")) as engine:
+        assert_agree(engine.score(clips[0]), on_cpu[0], TOLERANCE["p_fake", "float16"])
+
+
+def test_a_decoder_that_fails_is_replaced_by_the_cpu_and_said(
+    bundle: Path, clips: list[Path], nvdec: FakeNvc, on_cpu: list[VideoScore]
+) -> None:
+    nvdec.fail_at = 5
+    with Engine(bundle, device=FakeGpuDevice()) as engine:
+        score = engine.score(clips[0])
+        assert_agree(score, on_cpu[0], TOLERANCE["p_fake", "float32"])
+        assert score.decoder == "pyav"
+        assert score.fallback_reason is not None
+        assert score.fallback_reason.startswith("NVDEC failed")
+        nvdec.heal()
+        assert engine.score(clips[0]).decoder == "nvdec"
+
+
+def test_a_video_is_scored_while_another_waits_for_the_decoder(
+    bundle: Path, clips: list[Path], nvdec: FakeNvc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder is free again as soon as the frames are decoded, not when they are scored."""
+    monkeypatch.setattr("dfengine.engine.DecoderPool", lambda gpu: DecoderPool(gpu, 1, nvc=nvdec))
+    with Engine(bundle, device=FakeGpuDevice(), workers=2) as engine:
+        lent: list[int] = []
+        real = engine._nets[0].detect  # type: ignore[index]
+
+        def detect(*args: Any, **options: Any) -> Any:
+            lent.append(engine._decoders._lent)  # type: ignore[union-attr]
+            return real(*args, **options)
+
+        engine._nets[0].detect = detect  # type: ignore[index,method-assign]
+        assert engine.score(clips[0]).decoder == "nvdec"
+        assert lent == [0]
+
+
+def test_frames_that_end_with_none(bundle: Path) -> None:
+    """A decoder that fails after its last useful frame leaves an empty end to the one that replaces it."""
+    frames = Frames((), np.zeros(0), np.zeros(0, np.int64))
+    with Engine(bundle, device="cpu") as engine:
+        detector, _ = engine._nets  # type: ignore[misc]
+        faces = detector.detect(frames.images)
+        assert len(Linker(engine.bundle.tracking).link(frames, faces)) == 0
