@@ -34,7 +34,7 @@ from dfengine.errors import DeviceError, DeviceMemoryError
 __all__ = ["DeviceArray", "Event", "Gpu", "Graph", "Lane"]
 
 # Free memory a lane keeps for later use. The decoded frames of a chunk and a batch of crops are about half of it.
-CACHE_BYTES = 1 << 30
+CACHE_BYTES = 512 << 20
 
 # cuMemAlloc aligns to 256 bytes; smaller pieces would only make more classes.
 _SMALLEST = 256

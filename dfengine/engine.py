@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +15,10 @@ import numpy as np
 
 from dfengine.aggregate import judge
 from dfengine.audio import Sound, load_log_mel
-from dfengine.backbone import Backbone
+from dfengine.backbone import BATCH_CROPS, Backbone
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.crop import crop_tracks
+from dfengine.cuda import CACHE_BYTES
 from dfengine.decode import DEFAULT_MEMORY_BYTES, DecoderPool, Video, open_video
 from dfengine.detect import Detector
 from dfengine.errors import DeviceError, DfengineError, OptionError, display_path
@@ -28,6 +30,9 @@ from dfengine.types import F64, Crops, ErrorInfo, PathLikeStr, Plan, Tracks, Vid
 log = logging.getLogger("dfengine")
 
 T = TypeVar("T")
+
+# Of the detector, on a GPU: 16 frames at the largest level of the pyramid and their proposals, 20 MiB as a rule.
+DETECTOR_BYTES = 64 << 20
 
 # Videos in work on a GPU: two for each of the seven or eight decoders that the largest have, so that one is decoded
 # while another goes through the networks. Chosen, not measured. Cards with fewer decoders let them wait in line.
@@ -75,6 +80,20 @@ class Engine:
             Detector(self.bundle.detector, device=self._device, threads=self.cores),
             Backbone(self.bundle, device=self._device, threads=self.cores),
         )
+        if self._device.gpu is not None:
+            what = "%s, %s: %d videos in work, which take at most %d MiB beside networks and decoders"
+            log.info(what, self.device, self._device.runtime, self.workers, self.gpu_memory_mib)
+
+    @property
+    def gpu_memory_mib(self) -> int:
+        """What the videos in work may take of a GPU's memory, at most: frames, crops, and what is kept for the next.
+
+        The networks come on top, and 100 to 200 MiB for each decoder (docs/gpu.md). When the memory runs out before
+        that, what is kept is given back, batches are halved, and what then does not fit is a DeviceMemoryError.
+        """
+        crops = max(3 * math.prod(m.input_hw) for m in self.bundle.members) * BATCH_CROPS * 4
+        each = self._memory_bytes + crops + DETECTOR_BYTES
+        return self.workers * (each * 5 // 4 + CACHE_BYTES) >> 20  # sizes are rounded up by a fourth at most
 
     def __enter__(self) -> Engine:
         return self

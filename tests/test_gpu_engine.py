@@ -104,6 +104,7 @@ def test_all_memory_comes_back(bundle: Path, clips: list[Path], tmp_path: Path, 
             held.append(gpu.allocated_bytes)
         if workers == 1:  # with more, how much is kept depends on which videos meet
             assert held[0] == held[1] == held[2]
+        assert gpu.allocated_bytes < engine.gpu_memory_mib << 20
     assert gpu.allocated_bytes == 0
 
 
