@@ -37,8 +37,8 @@ ColorMatrix make_color_matrix(ColorStandard standard, bool full_range, int bit_d
   const double peak = std::ldexp(1.0, bit_depth) - 1;
   const double step = std::ldexp(1.0, bit_depth - 8);
   const double luma_offset = full_range ? 0 : 16 * step;
-  const double luma = 255.0 / (full_range ? peak : 219 * step);
-  const double chroma = 255.0 / (full_range ? peak : 224 * step);
+  const double luma = 1.0 / (full_range ? peak : 219 * step);
+  const double chroma = 1.0 / (full_range ? peak : 224 * step);
   const double middle = 128 * step;
 
   double m[3][3] = {};
@@ -77,10 +77,32 @@ ColorMatrix make_color_matrix(ColorStandard standard, bool full_range, int bit_d
 Normalization make_normalization(const CropResizeOptions& options) {
   Normalization norm;
   for (int c = 0; c < 3; ++c) {
-    norm.scale[c] = 1.f / (255.f * options.std[c]);
+    norm.scale[c] = 1.f / options.std[c];
     norm.bias[c] = -options.mean[c] / options.std[c];
   }
   return norm;
+}
+
+// Clockwise quarter turns carry a coded point (x, y) of a w x h picture to
+// (x, y), (h - y, x), (w - x, h - y), (y, w - x).
+CodedCrop make_coded_crop(const Image& image, CropBox box, const CropResizeOptions& options) {
+  if (options.filter == Filter::kArea) {
+    round_to_pixels(box.x1, box.x2);
+    round_to_pixels(box.y1, box.y2);
+  }
+  const std::int32_t out_h = options.out_h, out_w = options.out_w;
+  const auto w = static_cast<float>(image.width), h = static_cast<float>(image.height);
+  const float width = box.x2 - box.x1, height = box.y2 - box.y1;
+  switch (image.quarter_turns) {
+    case 1:
+      return {{box.y1, height, out_h}, {h - box.x2, width, out_w}};
+    case 2:
+      return {{w - box.x2, width, out_w}, {h - box.y2, height, out_h}};
+    case 3:
+      return {{w - box.y2, height, out_h}, {box.x1, width, out_w}};
+    default:
+      return {{box.x1, width, out_w}, {box.y1, height, out_h}};
+  }
 }
 
 void check_crop_resize(const std::vector<Image>& images, const std::vector<CropBox>& boxes,

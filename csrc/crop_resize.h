@@ -16,11 +16,6 @@
 
 namespace dfengine {
 
-enum class Padding {
-  kEdge,  // outside the picture, its nearest pixel
-  kZero,  // outside the picture, black (before mean and std)
-};
-
 struct CropResizeOptions {
   std::int32_t out_h = 0;
   std::int32_t out_w = 0;
@@ -52,9 +47,44 @@ void check_crop_resize(const std::vector<Image>& images, const std::vector<CropB
 
 Normalization make_normalization(const CropResizeOptions& options);
 
+// A box in coded orientation; `subsample` is filled in per component.
+struct CodedCrop {
+  Axis x, y;
+};
+
+CodedCrop make_coded_crop(const Image& image, CropBox box, const CropResizeOptions& options);
+
+// Where the pixels of a coded crop go in the upright output: index = base + row * per_row + column * per_column.
+struct OutputOrder {
+  std::int64_t base, per_row, per_column;
+};
+
+DF_HD inline OutputOrder make_output_order(std::int32_t quarter_turns, std::int64_t out_h, std::int64_t out_w) {
+  switch (quarter_turns) {
+    case 1:
+      return {out_w - 1, -1, out_w};
+    case 2:
+      return {out_h * out_w - 1, -out_w, -1};
+    case 3:
+      return {(out_h - 1) * out_w, 1, -out_w};
+    default:
+      return {0, out_w, 1};
+  }
+}
+
 // `out` holds boxes.size() * 3 * out_h * out_w elements, float or std::uint16_t (binary16) as `options.half`
 // says. Work is shared by `threads` threads, the caller's among them; the result does not depend on them.
 void crop_resize_cpu(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
                      const CropResizeOptions& options, int threads, void* out);
+
+// The same on a GPU, where `out` and the planes lie: enqueued on `stream` (a cudaStream_t) of the current context, and
+// not waited for. The views are read during the call, the memory they point to when the stream comes to it. Throws
+// std::runtime_error if the kernel cannot be launched.
+void crop_resize_cuda(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
+                      const CropResizeOptions& options, std::uintptr_t stream, void* out);
+
+// The program of the CUDA kernel, run on the CPU over memory of the host: slow, for tests.
+void crop_resize_emulated(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
+                          const CropResizeOptions& options, void* out);
 
 }  // namespace dfengine

@@ -108,9 +108,9 @@ void fill_axis_table(Filter filter, Padding padding, const Axis& axis, std::int3
   table.window_begin = size;
   table.window_end = 0;
   for (std::int32_t i = 0; i < out; ++i) {
-    const TapRange range = tap_range(filter, axis, begin + i);
-    const std::int32_t lo = std::clamp(range.first, 0, size - 1);
-    const std::int32_t hi = std::clamp(range.first + range.count - 1, 0, size - 1);
+    const Taps taps = make_taps(filter, axis, begin + i);
+    const std::int32_t lo = std::clamp(taps.first, 0, size - 1);
+    const std::int32_t hi = std::clamp(taps.first + taps.count - 1, 0, size - 1);
     table.first[i] = lo;
     table.count[i] = hi - lo + 1;
     table.taps = std::max(table.taps, table.count[i]);
@@ -120,50 +120,17 @@ void fill_axis_table(Filter filter, Padding padding, const Axis& axis, std::int3
   table.weights.assign(static_cast<std::size_t>(table.taps) * out, 0.f);
   table.coverage.resize(out);
   for (std::int32_t i = 0; i < out; ++i) {
-    const TapRange range = tap_range(filter, axis, begin + i);
+    Taps taps = make_taps(filter, axis, begin + i);
+    measure_taps(padding, size, taps);
     const std::int32_t lo = table.first[i];
-    float total = 0.f, inside = 0.f;
-    for (std::int32_t k = 0; k < range.count; ++k) {
-      const std::int32_t x = range.first + k;
-      const float w = tap_weight(filter, axis, begin + i, x);
-      total += w;
+    for (std::int32_t k = 0; k < taps.count; ++k) {
+      const std::int32_t x = taps.first + k;
       if (padding == Padding::kZero && (x < 0 || x >= size)) continue;
-      inside += w;
-      table.weights[static_cast<std::size_t>(std::clamp(x, 0, size - 1) - lo) * out + i] += w;
+      table.weights[static_cast<std::size_t>(std::clamp(x, 0, size - 1) - lo) * out + i] +=
+          tap_weight(taps, k) * taps.norm;
     }
-    const float norm = 1.f / total;
-    for (std::int32_t k = 0; k < table.count[i]; ++k) table.weights[static_cast<std::size_t>(k) * out + i] *= norm;
-    table.coverage[i] = inside * norm;
+    table.coverage[i] = taps.coverage;
     table.first[i] = lo - table.window_begin;
-  }
-}
-
-// A crop in coded orientation, and where its pixels go in the upright output.
-struct CodedCrop {
-  Axis x, y;  // `subsample` is filled in per component
-  std::int64_t base, per_row, per_column;  // output index = base + row * per_row + column * per_column
-};
-
-// Clockwise quarter turns carry a coded point (x, y) of a w x h picture to
-// (x, y), (h - y, x), (w - x, h - y), (y, w - x).
-CodedCrop make_coded_crop(const Image& image, CropBox box, const CropResizeOptions& options) {
-  if (options.filter == Filter::kArea) {
-    round_to_pixels(box.x1, box.x2);
-    round_to_pixels(box.y1, box.y2);
-  }
-  const std::int32_t out_h = options.out_h, out_w = options.out_w;
-  const auto w = static_cast<float>(image.width), h = static_cast<float>(image.height);
-  const float width = box.x2 - box.x1, height = box.y2 - box.y1;
-  const std::int64_t rows = out_h, columns = out_w;
-  switch (image.quarter_turns) {
-    case 1:
-      return {{box.y1, height, out_h}, {h - box.x2, width, out_w}, columns - 1, -1, columns};
-    case 2:
-      return {{w - box.x2, width, out_w}, {h - box.y2, height, out_h}, rows * columns - 1, -columns, -1};
-    case 3:
-      return {{w - box.y2, height, out_h}, {box.x1, width, out_w}, (rows - 1) * columns, 1, -columns};
-    default:
-      return {{box.x1, width, out_w}, {box.y1, height, out_h}, 0, columns, 1};
   }
 }
 
@@ -213,6 +180,7 @@ template <typename Out>
 void crop_band(const Image& image, const CropBox& box, const CropResizeOptions& options, const Normalization& norm,
                std::int32_t row_begin, std::int32_t row_end, Out* out) {
   const CodedCrop crop = make_coded_crop(image, box, options);
+  const OutputOrder order = make_output_order(image.quarter_turns, options.out_h, options.out_w);
   const std::int32_t columns = crop.x.out;
   const std::int64_t channel = static_cast<std::int64_t>(options.out_h) * options.out_w;
 
@@ -249,10 +217,10 @@ void crop_band(const Image& image, const CropBox& box, const CropResizeOptions& 
       row_coverage[j] = v.coverage[i];
     }
     finish_row(image.color, norm, ws.sampled.data(), coverage, row_coverage, columns, ws.rgb.data());
-    Out* dst = out + crop.base + row * crop.per_row;
+    Out* dst = out + order.base + row * order.per_row;
     for (int c = 0; c < 3; ++c, dst += channel) {
       const float* src = ws.rgb.data() + static_cast<std::size_t>(c) * columns;
-      for (std::int32_t x = 0; x < columns; ++x) dst[x * crop.per_column] = store<Out>(src[x]);
+      for (std::int32_t x = 0; x < columns; ++x) dst[x * order.per_column] = store<Out>(src[x]);
     }
   }
 }

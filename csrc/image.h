@@ -24,7 +24,7 @@ struct Plane {
   std::int32_t height = 0;
 };
 
-// The affine map from samples to RGB on the scale 0..255: rgb[i] = sum_j m[i][j] * (sample[j] - offset[j]).
+// The affine map from samples to RGB on the scale 0..1: rgb[i] = sum_j m[i][j] * (sample[j] - offset[j]).
 // Passed by value, to kernels too: a matrix in shared memory of the device would race between streams.
 struct ColorMatrix {
   float m[3][3];

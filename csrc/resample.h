@@ -4,7 +4,7 @@
 //
 // Note [Filtering before colour]
 // Colour conversion is affine, so filtering each component on its own grid and converting once per *output*
-// pixel equals converting every source pixel and filtering RGB - except for the clamp to 0..255, which is
+// pixel equals converting every source pixel and filtering RGB - except for the clamp to 0..1, which is
 // applied once at the end. That makes chroma cost a quarter of luma for 4:2:0, and no RGB frame exists.
 //
 // Note [Chroma grid]
@@ -27,6 +27,11 @@ enum class Filter {
   kBilinear,  // two taps, no antialiasing: torch's and OpenCV's plain bilinear
 };
 
+enum class Padding {
+  kEdge,  // outside the picture, its nearest pixel
+  kZero,  // outside the picture, black (before mean and std)
+};
+
 // One axis of a crop: the half-open interval [begin, begin + length) of upright luma pixels becomes `out` pixels.
 struct Axis {
   float begin = 0.f;
@@ -35,10 +40,21 @@ struct Axis {
   std::int32_t subsample = 1;  // luma pixels per sample of the component that is being read
 };
 
-// Samples [first, first + count) of the component; may leave the picture, see `Taps` users for padding.
-struct TapRange {
-  std::int32_t first = 0;
-  std::int32_t count = 0;
+// What makes one output pixel along one axis: samples [first, first + count) of the component, which may lie outside of
+// the picture, sample first + k with weight tap_weight(taps, k) * norm.
+//
+// Note [One formula for all filters]
+// A tent, and the overlap of a sample with a bin of whole pixels, are both a trapezoid over the distance between the
+// sample and the middle of the output pixel, and a tent is one without a flat top: with the distance in units of the
+// slope's length, the weight is saturate(reach - |distance + k * step|). So loops over taps know no filters.
+struct alignas(16) Taps {
+  std::int32_t first;
+  std::int32_t count;
+  float distance;
+  float step;
+  float reach;
+  float norm;  // 1 / the sum of all weights; this and the next are filled in by `measure_taps`
+  float coverage;  // the share of the weights that is not dropped: 1, but at the rim of a zero-padded crop
 };
 
 DF_HD inline std::int32_t floor_to_int(float v) { return static_cast<std::int32_t>(floorf(v)); }
@@ -46,16 +62,12 @@ DF_HD inline std::int32_t floor_to_int(float v) { return static_cast<std::int32_
 // Floor division for possibly negative numerators.
 DF_HD inline std::int32_t floor_div(std::int32_t a, std::int32_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
-// Centre of output pixel `i`, in samples of the component, pixel edges at integers.
-DF_HD inline float tap_centre(const Axis& axis, std::int32_t i) {
-  const float scale = axis.length / static_cast<float>(axis.out);
-  return (axis.begin + (static_cast<float>(i) + 0.5f) * scale) / static_cast<float>(axis.subsample);
-}
-
-// Half width of the tent, in samples of the component.
-DF_HD inline float tap_support(const Axis& axis) {
-  const float scale = axis.length / (static_cast<float>(axis.out) * static_cast<float>(axis.subsample));
-  return scale > 1.f ? scale : 1.f;
+DF_HD inline float saturate(float v) {
+#if defined(__CUDA_ARCH__)
+  return __saturatef(v);  // free: a flag of the instruction that computes v
+#else
+  return v < 0.f ? 0.f : (v > 1.f ? 1.f : v);
+#endif
 }
 
 // kArea works on whole pixels, at least one. To be applied to upright coordinates, before a turn: halves go up, and
@@ -66,51 +78,66 @@ DF_HD inline void round_to_pixels(float& begin, float& end) {
   if (end < begin + 1.f) end = begin + 1.f;
 }
 
-// The luma bin of output pixel `i` under kArea, of an interval that `round_to_pixels` was applied to.
-DF_HD inline TapRange area_bin(const Axis& axis, std::int32_t i) {
-  const std::int32_t begin = floor_to_int(axis.begin);
-  const auto n = static_cast<std::int64_t>(axis.length);
-  const auto lo = static_cast<std::int32_t>(i * n / axis.out);
-  const auto hi = static_cast<std::int32_t>(((i + 1) * n + axis.out - 1) / axis.out);
-  return {begin + lo, hi - lo};
-}
-
-DF_HD inline TapRange tap_range(Filter filter, const Axis& axis, std::int32_t i) {
+// Taps of output pixel `i`. kArea takes an interval that `round_to_pixels` was applied to.
+DF_HD inline Taps make_taps(Filter filter, const Axis& axis, std::int32_t i) {
+  Taps taps{};
+  const auto subsample = static_cast<float>(axis.subsample);
   if (filter == Filter::kArea) {
-    const TapRange bin = area_bin(axis, i);
-    const std::int32_t first = floor_div(bin.first, axis.subsample);
-    const std::int32_t last = floor_div(bin.first + bin.count - 1, axis.subsample);
-    return {first, last - first + 1};
+    const auto n = static_cast<std::int64_t>(axis.length);
+    const auto lo = static_cast<std::int32_t>(i * n / axis.out);
+    const auto hi = static_cast<std::int32_t>(((i + 1) * n + axis.out - 1) / axis.out);
+    const std::int32_t begin = floor_to_int(axis.begin) + lo;  // the bin, in luma pixels
+    const auto width = static_cast<float>(hi - lo);
+    const float slope = width < subsample ? width : subsample;
+    taps.first = floor_div(begin, axis.subsample);
+    taps.count = floor_div(begin + (hi - lo) - 1, axis.subsample) - taps.first + 1;
+    taps.distance = (static_cast<float>(taps.first * axis.subsample - begin) + 0.5f * (subsample - width)) / slope;
+    taps.step = subsample / slope;
+    taps.reach = 0.5f * (width + subsample) / slope;
+    return taps;
   }
-  const float centre = tap_centre(axis, i);
-  if (filter == Filter::kBilinear) return {floor_to_int(centre - 0.5f), 2};
-  const float support = tap_support(axis);
-  const std::int32_t first = floor_to_int(centre - support + 0.5f);
-  const std::int32_t end = floor_to_int(centre + support + 0.5f);
-  return {first, end > first ? end - first : 1};
+  const float scale = axis.length / static_cast<float>(axis.out);
+  // Of the output pixel's middle, in samples of the component, pixel edges at integers.
+  const float centre = (axis.begin + (static_cast<float>(i) + 0.5f) * scale) / subsample;
+  float support = 1.f;  // half width of the tent, in samples of the component
+  if (filter == Filter::kBilinear) {
+    taps.first = floor_to_int(centre - 0.5f);
+    taps.count = 2;
+  } else {
+    if (scale > subsample) support = scale / subsample;
+    taps.first = floor_to_int(centre - support + 0.5f);
+    const std::int32_t end = floor_to_int(centre + support + 0.5f);
+    taps.count = end > taps.first ? end - taps.first : 1;
+  }
+  taps.distance = (static_cast<float>(taps.first) + 0.5f - centre) / support;
+  taps.step = 1.f / support;
+  taps.reach = 1.f;
+  return taps;
 }
 
-// Weight of sample `x`, not normalised. The caller divides by the sum over the range.
-DF_HD inline float tap_weight(Filter filter, const Axis& axis, std::int32_t i, std::int32_t x) {
-  if (filter == Filter::kArea) {
-    const TapRange bin = area_bin(axis, i);
-    const std::int32_t lo = x * axis.subsample > bin.first ? x * axis.subsample : bin.first;
-    const std::int32_t bin_end = bin.first + bin.count;
-    const std::int32_t hi = (x + 1) * axis.subsample < bin_end ? (x + 1) * axis.subsample : bin_end;
-    return hi > lo ? static_cast<float>(hi - lo) : 0.f;
-  }
-  const float support = filter == Filter::kBilinear ? 1.f : tap_support(axis);
-  const float distance = fabsf(static_cast<float>(x) + 0.5f - tap_centre(axis, i)) / support;
-  return distance < 1.f ? 1.f - distance : 0.f;
+// Weight of sample first + k, not normalised.
+DF_HD inline float tap_weight(const Taps& taps, std::int32_t k) {
+  return saturate(taps.reach - fabsf(taps.distance + static_cast<float>(k) * taps.step));
 }
 
-// Mean and standard deviation of the network's input, as `out = rgb * scale + bias` on rgb in 0..255.
+// Fills in `norm` and `coverage` for a component of `size` samples along this axis.
+DF_HD inline void measure_taps(Padding padding, std::int32_t size, Taps& taps) {
+  float total = 0.f, inside = 0.f;
+  for (std::int32_t k = 0; k < taps.count; ++k) {
+    const std::int32_t x = taps.first + k;
+    const float w = tap_weight(taps, k);
+    total += w;
+    if (padding == Padding::kEdge || (x >= 0 && x < size)) inside += w;
+  }
+  taps.norm = 1.f / total;
+  taps.coverage = inside * taps.norm;
+}
+
+// Mean and standard deviation of the network's input, as `out = rgb * scale + bias`.
 struct Normalization {
   float scale[3];
   float bias[3];
 };
-
-DF_HD inline float clamp_255(float v) { return v < 0.f ? 0.f : (v > 255.f ? 255.f : v); }
 
 // Filtered components -> one normalised RGB pixel. `coverage[j]` is the share of component j's taps that lay
 // inside the picture: 1, except at the rim of a zero-padded crop, where it makes the missing part black.
@@ -120,12 +147,17 @@ DF_HD inline void finish_pixel(const ColorMatrix& color, const Normalization& no
   for (int j = 0; j < 3; ++j) centred[j] = sample[j] - color.offset[j] * coverage[j];
   for (int c = 0; c < 3; ++c) {
     const float v = color.m[c][0] * centred[0] + color.m[c][1] * centred[1] + color.m[c][2] * centred[2];
-    rgb[c] = clamp_255(v) * norm.scale[c] + norm.bias[c];
+    rgb[c] = saturate(v) * norm.scale[c] + norm.bias[c];
   }
 }
 
 // IEEE binary16, round to nearest even; saturates to infinity as a cast does.
 DF_HD inline std::uint16_t to_float16(float value) {
+#if defined(__CUDA_ARCH__)
+  std::uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+#else
   union {
     float f;
     std::uint32_t u;
@@ -142,6 +174,7 @@ DF_HD inline std::uint16_t to_float16(float value) {
   }
   const std::uint32_t odd = (magnitude >> 13) & 1u;
   return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+#endif
 }
 
 }  // namespace dfengine

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from dfengine.types import Image
 
 compiler: str
+cuda_architectures: tuple[int, ...]  # compute capabilities times ten; () where it was compiled without CUDA
 
 def crop_resize(
     images: Sequence[Image],
@@ -21,3 +22,28 @@ def crop_resize(
     dtype: Literal["float32", "float16"] = "float32",
     threads: int = 1,
 ) -> NDArray[np.floating]: ...
+def crop_resize_emulated(
+    images: Sequence[Image],
+    boxes: NDArray[np.float32],
+    image_index: NDArray[np.int32],
+    *,
+    out: Any,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    resize: str = "triangle",
+    padding: str = "edge",
+) -> None: ...
+
+# Only where it was compiled with CUDA.
+def crop_resize_cuda(
+    images: Sequence[Image],
+    boxes: NDArray[np.float32],
+    image_index: NDArray[np.int32],
+    *,
+    out: Any,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    resize: str = "triangle",
+    padding: str = "edge",
+    stream: int,
+) -> None: ...

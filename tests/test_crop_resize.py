@@ -13,42 +13,14 @@ import numpy as np
 import pytest
 import reference
 from conftest import TOLERANCE
+from crop_cases import BOXES, FILTERS, PADDINGS, PLAIN, SUBSAMPLINGS, noise_image
 
 from dfengine._kernels import crop_resize
 from dfengine.types import Image
 
 CSRC = Path(__file__).parents[1] / "csrc"
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # output on the scale 0..255
 NORMALIZED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 MATRICES = ("bt601", "bt709", "bt2020", "smpte240m", "fcc", "ycgco")
-FILTERS = ("triangle", "area", "bilinear")
-
-# (x1, y1, x2, y2) in a picture of 34 x 26.
-BOXES = {
-    "whole": (0, 0, 34, 26),
-    "inside": (5.3, 4.2, 20.1, 19.9),
-    "over the left edge": (-6.2, 3, 11.7, 20),
-    "over the top edge": (8, -9.3, 25, 9.3),
-    "over the right edge": (22.6, 2, 47.9, 21),
-    "over the bottom edge": (3, 17.4, 20, 33.8),
-    "over all edges": (-10, -10, 45, 37),
-    "far outside": (300.25, -400.25, 330.25, -380.25),
-    "a tenth of a pixel": (7.1, 9.1, 7.2, 9.2),
-    "one pixel": (12, 5, 13, 6),
-    "halves": (4.5, 3.5, 15.5, 14.5),  # `area` rounds them up, however the picture is turned
-    "enlarged": (14.1, 10.2, 18.3, 13.4),
-    "enlarged one way": (2, 9.2, 32, 12.3),
-}
-
-
-def noise_image(rng, h=26, w=34, *, sub=(2, 2), bits=8, matrix="bt601", full_range=False, rotation=0) -> Image:
-    """Independent samples over the whole range: every wrong tap shows."""
-    dtype = np.uint8 if bits == 8 else np.uint16
-    shapes = [(h, w)]
-    if matrix != "gray":
-        shapes += [(-(-h // sub[1]), -(-w // sub[0]))] * 2
-    planes = tuple(rng.integers(0, 1 << bits, shape, dtype=dtype, endpoint=False) for shape in shapes)
-    return Image(planes, bits, matrix, full_range, sub, rotation)
 
 
 def run(images, boxes, index=None, *, out_hw=(9, 7), options=PLAIN, **more):
@@ -70,11 +42,9 @@ def assert_as_reference(images, boxes, index=None, *, out_hw=(9, 7), dtype="floa
 
 # -- against the reference ---------------------------------------------------------------------------------------------
 
-SUBSAMPLINGS = {"4:2:0": (2, 2), "4:2:2": (2, 1), "4:4:0": (1, 2), "4:4:4": (1, 1), "4:1:1": (4, 1), "4:1:0": (4, 4)}
-
 
 @pytest.mark.parametrize("resize", FILTERS)
-@pytest.mark.parametrize("padding", ["edge", "zero"])
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 def test_boxes(rng, box, padding, resize):
     assert_as_reference([noise_image(rng)], [box], padding=padding, resize=resize)
@@ -88,7 +58,7 @@ def test_layouts_sizes_and_rotations(rng, hw, rotation, sub):
     h, w = image.upright_hw
     boxes = [(0, 0, w, h), (w * 0.21, h * 0.13, w * 0.73, h * 0.91), (-4.2, 1.3, w * 0.7, h + 7.4)]
     for resize in FILTERS:
-        for padding in ("edge", "zero"):
+        for padding in PADDINGS:
             assert_as_reference([image], boxes, [0, 0, 0], resize=resize, padding=padding)
 
 
@@ -98,7 +68,7 @@ def test_layouts_sizes_and_rotations(rng, hw, rotation, sub):
 def test_colours(rng, matrix, full_range, bits):
     sub = (1, 1) if matrix in ("rgb", "gray") else (2, 2)
     image = noise_image(rng, sub=sub, bits=bits, matrix=matrix, full_range=full_range)
-    for padding in ("edge", "zero"):
+    for padding in PADDINGS:
         assert_as_reference([image], [BOXES["inside"], BOXES["over all edges"]], padding=padding)
 
 
@@ -389,7 +359,7 @@ def test_a_tagged_rotation_equals_a_turned_picture(rng, rotation, resize):
     assert tagged.upright_hw == turned.upright_hw
     boxes = list(BOXES.values())
     tolerance = TOLERANCE["crop_resize", "float32"]
-    for padding in ("edge", "zero"):
+    for padding in PADDINGS:
         got, want = (run([i], boxes, resize=resize, padding=padding) for i in (tagged, turned))
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
 
@@ -587,37 +557,6 @@ def test_mean_and_std_have_three_entries(rng):
 
 
 # -- the headers -------------------------------------------------------------------------------------------------------
-
-CU = """
-#include "image.h"
-#include "resample.h"
-
-using namespace dfengine;
-
-__global__ void touch(Image image, ColorMatrix color, Normalization norm, Axis axis, float* out, std::uint16_t* half) {
-  const Filter filters[3] = {Filter::kTriangle, Filter::kArea, Filter::kBilinear};
-  float sum = static_cast<float>(image.upright_width() + image.upright_height());
-  for (int f = 0; f < 3; ++f) {
-    const TapRange range = tap_range(filters[f], axis, 0);
-    for (int k = 0; k < range.count; ++k) sum += tap_weight(filters[f], axis, 0, range.first + k);
-  }
-  const float sample[3] = {sum, tap_centre(axis, 0), tap_support(axis)}, coverage[3] = {1.f, 1.f, 1.f};
-  finish_pixel(color, norm, sample, coverage, out);
-  half[0] = to_float16(out[0]);
-}
-"""
-
-
-def test_the_headers_compile_for_the_device(tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("there is no nvcc")
-    (tmp_path / "touch.cu").write_text(CU)
-    result = subprocess.run(
-        [nvcc, "-std=c++17", "-Werror", "all-warnings", "-I", CSRC, "-c", "touch.cu", "-o", "touch.o"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("header", sorted(p.name for p in CSRC.glob("*.h")))
