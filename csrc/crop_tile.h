@@ -146,9 +146,15 @@ DF_HD inline int clamp_index(int i, int size) {
   return i > 0 ? i : 0;
 }
 
-// Bytes from the first row, or sample of a row, to another. (Two factors of 32 bits are one instruction.)
+// Bytes from the first row, or sample of a row, to another: one instruction, which the compiler misses.
 DF_HD inline std::int64_t distance_bytes(std::int32_t i, std::int32_t bytes_each) {
+#if defined(__CUDA_ARCH__)
+  std::int64_t product;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(i), "r"(bytes_each));
+  return product;
+#else
   return static_cast<std::int64_t>(i) * bytes_each;
+#endif
 }
 
 template <int Lanes>
@@ -199,6 +205,27 @@ DF_HD inline T load(const void* address) {
 #endif
 }
 
+// 8 bytes.
+#if defined(__CUDACC__)
+using Words = uint2;
+#else
+struct Words {
+  std::uint32_t x, y;
+};
+#endif
+
+// Sample n of a word. To put its bytes into the mantissa of 2^23 and to subtract that is quicker than a conversion,
+// which has an eighth of the rate of an addition.
+template <typename Sample>
+DF_HD inline float sample_of(std::uint32_t word, int n) {
+#if defined(__CUDA_ARCH__)
+  const std::uint32_t selector = sizeof(Sample) == 1 ? 0x7440u + n : 0x7410u + 0x22u * n;
+  return __uint_as_float(__byte_perm(word, 0x4b000000u, selector)) - 8388608.f;
+#else
+  return static_cast<float>(static_cast<Sample>(word >> (8 * sizeof(Sample) * n)));
+#endif
+}
+
 // Where 16 bytes are aligned.
 DF_HD inline void store4(const float* from, float* to) {
 #if defined(__CUDA_ARCH__)
@@ -227,13 +254,12 @@ DF_HD inline void sum_vector(const std::uint8_t* columns, std::int32_t row_bytes
                              float* to, int stride) {
   constexpr int kSamples = kVectorBytes / sizeof(Sample);
   float sum[kSamples] = {};
-  DF_UNROLLED(4)  // loads in flight
+  DF_UNROLLED(2)  // loads in flight, without a long tail for the three or four taps of a usual crop
   for (int k = 0; k < taps.count; ++k) {
-    const auto bits =
-        load<unsigned long long>(columns + distance_bytes(clamp_index(taps.first + k, height), row_bytes));
+    const auto words = load<Words>(columns + distance_bytes(clamp_index(taps.first + k, height), row_bytes));
     const float w = tap_weight(taps, k) * taps.norm;
     for (int n = 0; n < kSamples; ++n) {
-      sum[n] += w * static_cast<float>(static_cast<Sample>(bits >> (8 * sizeof(Sample) * n)));
+      sum[n] += w * sample_of<Sample>(n < kSamples / 2 ? words.x : words.y, n % (kSamples / 2));
     }
   }
   if (stride == 1) {
