@@ -8,11 +8,11 @@
 //   vertical    the source rows under each row of the tile are summed into one row of floats in shared memory. A thread
 //               takes 8 bytes of a source row at a time (8 samples, or 4 of 16 bits), neighbours take neighbouring
 //               bytes, so that reads are coalesced however many taps there are;
-//   horizontal  a thread owns one column of the tile and up to 8 rows, whose sums it keeps in registers: it works out
+//   horizontal  a thread owns one column of the tile and up to 4 rows, whose sums it keeps in registers: it works out
 //               each weight once for all of its rows.
 // Then colour, mean and std in registers, and the stores. Against gathering all taps of a pixel in one thread that is
-// as much arithmetic for crops (4 x 4 taps) and far less for pyramid levels (90 x 90), and no thread is alone with a
-// pixel of such a level: its taps are shared by a block.
+// about as many instructions for crops (4 x 4 taps) and far fewer for pyramid levels (90 x 90), and no thread is alone
+// with a pixel of such a level: its taps are shared by a block.
 //
 // Weights are computed where they are needed: a fused multiply-add, a saturating add and a product cost less than a
 // table in shared memory of a size nobody knows, and a box may have any number of taps.
@@ -43,11 +43,10 @@ namespace dfengine {
 constexpr int kTileThreads = 512;
 constexpr int kTileColumns = 64;
 constexpr int kTileRows = 32;
-constexpr int kRowGroups = kTileThreads / kTileColumns;  // thread t has column t % 64 and rows t / 64 + 4 * p
+constexpr int kRowGroups = kTileThreads / kTileColumns;  // thread t has column t % 64 and rows t / 64 + 8 * p
 constexpr int kRowsPerThread = kTileRows / kRowGroups;
 constexpr int kChunkFloats = 128;
-constexpr int kPitch = kChunkFloats + 4;  // rows of one column in different banks, and 16-byte stores stay aligned
-constexpr int kStagePitch = kTileRows + 1;
+constexpr int kStagePitch = kTileRows + 1;  // a row of a column in each bank
 constexpr int kVectorBytes = 8;
 
 struct TileImage {
@@ -91,7 +90,7 @@ void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox
 
 // Shared memory of a block.
 struct alignas(16) TileShared {
-  float sums[kTileRows][kPitch];
+  float sums[kTileRows][kChunkFloats];
   Taps columns[2][kTileColumns];  // of luma, and of chroma
   Taps rows[2][kTileRows];
 };
@@ -214,8 +213,9 @@ struct Words {
 };
 #endif
 
-// Sample n of a word. To put its bytes into the mantissa of 2^23 and to subtract that is quicker than a conversion,
-// which has an eighth of the rate of an addition.
+// Sample n of a word. To put its bytes into the mantissa of 2^23 and to subtract that is two instructions of common
+// kinds; a conversion (I2F) is one of a kind that is issued at a fraction of their rate (CUDA C++ Programming Guide,
+// throughput of native arithmetic instructions).
 template <typename Sample>
 DF_HD inline float sample_of(std::uint32_t word, int n) {
 #if defined(__CUDA_ARCH__)
@@ -254,7 +254,7 @@ DF_HD inline void sum_vector(const std::uint8_t* columns, std::int32_t row_bytes
                              float* to, int stride) {
   constexpr int kSamples = kVectorBytes / sizeof(Sample);
   float sum[kSamples] = {};
-  DF_UNROLLED(2)  // loads in flight, without a long tail for the three or four taps of a usual crop
+  DF_UNROLLED(4)  // loads in flight
   for (int k = 0; k < taps.count; ++k) {
     const auto words = load<Words>(columns + distance_bytes(clamp_index(taps.first + k, height), row_bytes));
     const float w = tap_weight(taps, k) * taps.norm;
@@ -337,7 +337,7 @@ DF_HD inline void sum_columns(const Tile& tile, const TileWindow& window, int ch
     for (int k = k_begin; k < k_end; ++k) {
       const float w = tap_weight(taps, k) * taps.norm;
       for (int p = 0; p < Rows; ++p) {  // rows beyond the tile's are summed too, and not stored
-        const float* from = row + k * Lanes + p * kRowGroups * kPitch;
+        const float* from = row + k * Lanes + p * kRowGroups * kChunkFloats;
         if (Lanes == 1) {
           pixels.value[p][0] += w * from[0];
         } else {
