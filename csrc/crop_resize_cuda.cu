@@ -2,15 +2,15 @@
 //
 // Note [Why this shape]
 // Batches of crops are bound by instructions and shared memory as much as by device memory: a 400 px box to 224 px
-// moves 11 bytes a pixel, and takes some 90 instructions. Hence what there is to see in crop_tile.h: 8-byte loads,
-// weights shared by 8 rows, a matrix on the scale 0..1 whose clamp is a flag of the multiply-add, sums in registers
-// from the horizontal pass to the store. Stores are 2 or 4 bytes a thread and 64 or 128 bytes a warp; pairs of halves
-// would halve their number, but a thread would need two columns, and with them twice the conflicts in shared memory. 4
-// blocks of 64 registers a thread fill half of a multiprocessor's threads; 256 crops of 224 px are 7,168 blocks, one
-// level of 240 x 427 px of 16 frames 2,688, and one of 12 x 21 px 192.
+// moves 11 bytes a pixel, and takes some 120 instructions (counted in the loops that nvcc makes, not measured). Hence
+// what there is to see in crop_tile.h: 8-byte loads, bytes made floats without conversions, weights shared by the rows
+// of a thread, a matrix on the scale 0..1 whose clamp is a flag of the multiply-add, sums that stay in registers from
+// the horizontal pass to the store. Stores are 2 or 4 bytes a thread and 64 or 128 bytes a warp; pairs of halves would
+// be half as many, but a thread would need two columns, and with them twice the conflicts in shared memory. Two blocks
+// of 512 threads with 64 registers fill half of a multiprocessor or more. 256 crops of 224 px are 7,168 blocks, a level
+// of 240 x 427 px of 16 frames 3,360, and one of 12 x 21 px 192.
 //
-// Neither threads nor launches share memory that is written to, but for shared memory and the output: any number of
-// streams may run this at once.
+// Launches share nothing but what they read, so any number of streams may run this at once.
 
 #include <stdexcept>
 #include <string>

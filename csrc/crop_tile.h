@@ -8,11 +8,11 @@
 //   vertical    the source rows under each row of the tile are summed into one row of floats in shared memory. A thread
 //               takes 8 bytes of a source row at a time (8 samples, or 4 of 16 bits), neighbours take neighbouring
 //               bytes, so that reads are coalesced however many taps there are;
-//   horizontal  a thread owns one column of the tile and up to 8 rows, whose sums it keeps in registers: it works out
+//   horizontal  a thread owns one column of the tile and up to 4 rows, whose sums it keeps in registers: it works out
 //               each weight once for all of its rows.
 // Then colour, mean and std in registers, and the stores. Against gathering all taps of a pixel in one thread that is
-// as much arithmetic for crops (4 x 4 taps) and far less for pyramid levels (90 x 90), and no thread is alone with a
-// pixel of such a level: its taps are shared by a block.
+// about as many instructions for crops (4 x 4 taps) and far fewer for pyramid levels (90 x 90), and no thread is alone
+// with a pixel of such a level: its taps are shared by a block.
 //
 // Weights are computed where they are needed: a fused multiply-add, a saturating add and a product cost less than a
 // table in shared memory of a size nobody knows, and a box may have any number of taps.
@@ -43,11 +43,10 @@ namespace dfengine {
 constexpr int kTileThreads = 512;
 constexpr int kTileColumns = 64;
 constexpr int kTileRows = 32;
-constexpr int kRowGroups = kTileThreads / kTileColumns;  // thread t has column t % 64 and rows t / 64 + 4 * p
+constexpr int kRowGroups = kTileThreads / kTileColumns;  // thread t has column t % 64 and rows t / 64 + 8 * p
 constexpr int kRowsPerThread = kTileRows / kRowGroups;
 constexpr int kChunkFloats = 128;
-constexpr int kPitch = kChunkFloats + 4;  // rows of one column in different banks, and 16-byte stores stay aligned
-constexpr int kStagePitch = kTileRows + 1;
+constexpr int kStagePitch = kTileRows + 1;  // a row of a column in each bank
 constexpr int kVectorBytes = 8;
 
 struct TileImage {
@@ -91,7 +90,7 @@ void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox
 
 // Shared memory of a block.
 struct alignas(16) TileShared {
-  float sums[kTileRows][kPitch];
+  float sums[kTileRows][kChunkFloats];
   Taps columns[2][kTileColumns];  // of luma, and of chroma
   Taps rows[2][kTileRows];
 };
@@ -146,9 +145,15 @@ DF_HD inline int clamp_index(int i, int size) {
   return i > 0 ? i : 0;
 }
 
-// Bytes from the first row, or sample of a row, to another. (Two factors of 32 bits are one instruction.)
+// Bytes from the first row, or sample of a row, to another: one instruction, which the compiler misses.
 DF_HD inline std::int64_t distance_bytes(std::int32_t i, std::int32_t bytes_each) {
+#if defined(__CUDA_ARCH__)
+  std::int64_t product;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(i), "r"(bytes_each));
+  return product;
+#else
   return static_cast<std::int64_t>(i) * bytes_each;
+#endif
 }
 
 template <int Lanes>
@@ -199,6 +204,28 @@ DF_HD inline T load(const void* address) {
 #endif
 }
 
+// 8 bytes.
+#if defined(__CUDACC__)
+using Words = uint2;
+#else
+struct Words {
+  std::uint32_t x, y;
+};
+#endif
+
+// Sample n of a word. To put its bytes into the mantissa of 2^23 and to subtract that is two instructions of common
+// kinds; a conversion (I2F) is one of a kind that is issued at a fraction of their rate (CUDA C++ Programming Guide,
+// throughput of native arithmetic instructions).
+template <typename Sample>
+DF_HD inline float sample_of(std::uint32_t word, int n) {
+#if defined(__CUDA_ARCH__)
+  const std::uint32_t selector = sizeof(Sample) == 1 ? 0x7440u + n : 0x7410u + 0x22u * n;
+  return __uint_as_float(__byte_perm(word, 0x4b000000u, selector)) - 8388608.f;
+#else
+  return static_cast<float>(static_cast<Sample>(word >> (8 * sizeof(Sample) * n)));
+#endif
+}
+
 // Where 16 bytes are aligned.
 DF_HD inline void store4(const float* from, float* to) {
 #if defined(__CUDA_ARCH__)
@@ -229,11 +256,10 @@ DF_HD inline void sum_vector(const std::uint8_t* columns, std::int32_t row_bytes
   float sum[kSamples] = {};
   DF_UNROLLED(4)  // loads in flight
   for (int k = 0; k < taps.count; ++k) {
-    const auto bits =
-        load<unsigned long long>(columns + distance_bytes(clamp_index(taps.first + k, height), row_bytes));
+    const auto words = load<Words>(columns + distance_bytes(clamp_index(taps.first + k, height), row_bytes));
     const float w = tap_weight(taps, k) * taps.norm;
     for (int n = 0; n < kSamples; ++n) {
-      sum[n] += w * static_cast<float>(static_cast<Sample>(bits >> (8 * sizeof(Sample) * n)));
+      sum[n] += w * sample_of<Sample>(n < kSamples / 2 ? words.x : words.y, n % (kSamples / 2));
     }
   }
   if (stride == 1) {
@@ -311,7 +337,7 @@ DF_HD inline void sum_columns(const Tile& tile, const TileWindow& window, int ch
     for (int k = k_begin; k < k_end; ++k) {
       const float w = tap_weight(taps, k) * taps.norm;
       for (int p = 0; p < Rows; ++p) {  // rows beyond the tile's are summed too, and not stored
-        const float* from = row + k * Lanes + p * kRowGroups * kPitch;
+        const float* from = row + k * Lanes + p * kRowGroups * kChunkFloats;
         if (Lanes == 1) {
           pixels.value[p][0] += w * from[0];
         } else {

@@ -25,7 +25,7 @@ def build_info() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "compiler": _kernels.compiler,
-        "cuda_compiled": False,
+        "cuda_compiled": bool(_kernels.cuda_architectures),
         "openvino": metadata.version("openvino"),
         "pyav": metadata.version("av"),
         "ffmpeg_libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
@@ -34,7 +34,7 @@ def build_info() -> dict[str, Any]:
 
 def devices() -> dict[str, str]:
     """Each device, and why it can or cannot be used here."""
-    archs = getattr(_kernels, "cuda_architectures", ())
+    archs = _kernels.cuda_architectures
     kernel = f"usable: compiled for {', '.join(map(str, archs))}" if archs else "not usable: compiled without CUDA"
     pieces = {"kernel": kernel} | explain_cuda()
     missing = [name for name, text in pieces.items() if name in NEEDED and text.startswith("not usable")]

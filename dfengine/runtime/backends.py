@@ -25,8 +25,8 @@ log = logging.getLogger("dfengine")
 BACKENDS = ("tensorrt", "tensorrt_rtx", "torch")
 
 # Largest batches. A member's: 64 crops of 224 px are 19 MB in float16, and GPUs are busy from 32 on. R-Net and O-Net
-# get the proposals of 16 frames together; P-Net the frames.
-MAX_BATCH = {"pnet": 16, "rnet": 1024, "onet": 512, "member": 64}
+# get the proposals of 16 frames together; P-Net 8 frames, since its memory is planned for the largest frames.
+MAX_BATCH = {"pnet": 8, "rnet": 1024, "onet": 512, "member": 64}
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ Shape = tuple[int, ...]
 # Shapes that stay prepared. A member has 7 (batches of 1 to 64); P-Net 9 levels for each size of video, in 5 batches.
 PREPARED_SHAPES = 64
 
-# Frames are at most this much longer than high or the other way round: cinema has 2.39.
-_LONGEST_ASPECT = 2.4
+# Frames are at most this much longer than high, or the other way round: cinema has 2.39, two screens side by side 3.56.
+# Beyond it P-Net refuses them on a GPU.
+_LONGEST_ASPECT = 4.0
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def why_no_gpu() -> str:
 
     Whether a runtime can use the GPU is found out by opening it.
     """
-    if not getattr(_kernels, "cuda_architectures", ()):
+    if not _kernels.cuda_architectures:
         return "dfengine was built without CUDA; build it where nvcc is on PATH (DFENGINE_CUDA=ON says what is missing)"
     try:
         Gpu.check()
