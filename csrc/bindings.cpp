@@ -96,6 +96,36 @@ Image read_image(const py::handle& source, std::vector<py::array>& keep) {
   return image;
 }
 
+std::vector<py::array> pyramid(const py::sequence& images, const std::vector<std::array<std::int32_t, 2>>& sizes_hw,
+                               const std::array<float, 3>& mean, const std::array<float, 3>& std_,
+                               const std::string& resize, int threads) {
+  std::vector<py::array> keep;
+  std::vector<Image> views;
+  for (const auto& image : images) views.push_back(read_image(image, keep));
+  std::vector<CropResizeOptions> levels;
+  for (const auto& hw : sizes_hw) {
+    CropResizeOptions level;
+    level.out_h = hw[0];
+    level.out_w = hw[1];
+    level.filter = parse_filter(resize);
+    std::copy(mean.begin(), mean.end(), level.mean);
+    std::copy(std_.begin(), std_.end(), level.std);
+    check_crop_resize(views, {}, level);  // before the output is allocated from its sizes
+    levels.push_back(level);
+  }
+  std::vector<py::array> out;
+  std::vector<float*> data;
+  for (const auto& level : levels) {
+    out.push_back(py::array_t<float>(std::vector<py::ssize_t>{py::ssize_t(views.size()), 3, level.out_h, level.out_w}));
+    data.push_back(static_cast<float*>(out.back().mutable_data()));
+  }
+  {
+    const py::gil_scoped_release release;
+    pyramid_cpu(views, levels, threads, data);
+  }
+  return out;
+}
+
 py::array crop_resize(const py::sequence& images, const py::array_t<float, py::array::c_style>& boxes,
                       const py::array_t<std::int32_t, py::array::c_style>& image_index,
                       const std::array<std::int32_t, 2>& out_hw, const std::array<float, 3>& mean,
@@ -155,4 +185,10 @@ mean, std: on RGB in 0..1. Returns (N, 3, H, W), RGB, (rgb / 255 - mean) / std.
 resize: 'triangle' (antialiased), 'area' (torch's adaptive average over whole pixels), 'bilinear'.
 padding: 'edge' or 'zero' (black) for what lies outside the image.
 Releases the GIL. The result does not depend on `threads`. Raises ValueError.)");
+  m.def("pyramid", &pyramid, py::arg("images"), py::arg("sizes_hw"), py::kw_only(), py::arg("mean"), py::arg("std"),
+        py::arg("resize") = "triangle", py::arg("threads") = 1,
+        R"(Every image, whole, at several sizes: for each of sizes_hw what crop_resize would give, bit for bit.
+
+Goes image by image, so that an image is read from memory once. Returns a list of (N, 3, H, W) float32 arrays.
+Releases the GIL. Raises ValueError.)");
 }

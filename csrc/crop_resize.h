@@ -57,4 +57,10 @@ Normalization make_normalization(const CropResizeOptions& options);
 void crop_resize_cpu(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
                      const CropResizeOptions& options, int threads, void* out);
 
+// Every picture, whole, at several sizes: out[l] holds images.size() * 3 * levels[l].out_h * levels[l].out_w floats.
+// What crop_resize_cpu gives level by level, but picture by picture: a picture then comes from memory once. `half` is
+// not used.
+void pyramid_cpu(const std::vector<Image>& images, const std::vector<CropResizeOptions>& levels, int threads,
+                 const std::vector<float*>& out);
+
 }  // namespace dfengine
