@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from itertools import chain
+from typing import Any
 
 import av
 import numpy as np
@@ -28,6 +29,11 @@ MAX_PIXELS = 8192 * 8192
 
 # Decoded frames that are kept at one time. 17 frames of 1080p are 53 MB, of 2160p 212 MB.
 DEFAULT_MEMORY_BYTES = 256 << 20
+
+# Packets that are kept from the scan, so that the file need not be opened and read again to decode it: FFmpeg decodes
+# some frames to open an H.264 file, 9 ms at 1080p. 32 MiB are a minute of 1080p at 4.5 Mbit/s; longer videos are read
+# twice.
+KEPT_BYTES = 32 << 20
 
 # A stated duration may exceed the last packet by this much without the file being called truncated: the
 # duration of the last packet, and rounding by muxers that write milliseconds or whole frames.
@@ -74,6 +80,7 @@ class CpuVideo:
         self._threads = threads
         self._damaged = 0
         self._opened = ExitStack()
+        self._kept: list[Packet[Any]] | None = []  # None: they were too many
         self._container, self._stream = self._open()
         try:
             self._check_stream()
@@ -90,6 +97,7 @@ class CpuVideo:
     def close(self) -> None:
         """Releases the file and the decoder. Frames that were handed out stay valid."""
         self._opened.close()
+        self._kept = None
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -209,6 +217,7 @@ class CpuVideo:
         # AVI states the order of decoding only; the times that FFmpeg guesses from it are wrong with B-pictures.
         timed = self._container.format.name != "avi"
         last_end = 0.0
+        kept_bytes = 0
         length_bytes = _nal_length_bytes(self._stream.codec_context)
         try:
             for packet in self._container.demux():
@@ -227,6 +236,11 @@ class CpuVideo:
                 seconds.append(float(stamp * packet.time_base) if stamp is not None else np.nan)
                 is_key.append(packet.is_keyframe and (length_bytes == 0 or _is_intra(bytes(packet), length_bytes)))
                 shown.append(not packet.is_discard)
+                kept_bytes += packet.size
+                if kept_bytes > KEPT_BYTES:
+                    self._kept = None
+                elif self._kept is not None:
+                    self._kept.append(packet)
         except av.FFmpegError as error:
             self.warnings.append(f"reading stopped after {len(seconds)} video packets ({_text(error)})")
         times = np.array(seconds, np.float64)
@@ -286,11 +300,15 @@ class CpuVideo:
         self, packets: _Packets, wanted: F64, mode: Mode
     ) -> Iterator[tuple[slice, Generator[tuple[VideoFrame, float], None, None]]]:
         """Yields, for each run of packets that must be decoded, which wanted times it serves and its frames."""
-        # A fresh decoder on a fresh demuxer, not a seek. Note [First packet first]: x264 tells its version only in
-        # the first packet, and decoders need it to read old 4:4:4 streams: without it those frames turn green. So
-        # the first packet is always decoded, also where the first wanted frame is far behind it.
-        self.close()
-        self._container, self._stream = self._open()
+        # From the start of the file, not by a seek. Note [First packet first]: x264 tells its version only in the first
+        # packet, and decoders need it to read old 4:4:4 streams: without it those frames turn green. So the first
+        # packet is always decoded, also where the first wanted frame is far behind it.
+        if self._kept is None:
+            self.close()
+            self._container, self._stream = self._open()
+            demuxed = enumerate(p for p in self._container.demux(self._stream) if p.size > 0)
+        else:
+            demuxed = enumerate(self._kept)
         codec = self._stream.codec_context
         codec.options = {"max_pixels": str(MAX_PIXELS)}  # sizes may change mid-stream
         # Frame threads wait for each other's reference rows: on two cores four decode 1080p in .65 s, two in .75 s.
@@ -301,7 +319,6 @@ class CpuVideo:
         segments = list(plan_segments(packets.seconds, packets.is_key, wanted))
         if segments[0].first > 0:
             segments.insert(0, Segment(0, 1, np.inf, slice(0, 0)))
-        demuxed = enumerate(p for p in self._container.demux(self._stream) if p.size > 0)
         for segment in segments:
             yield segment.wanted, self._decode(demuxed, segment, packets)
         if self._damaged:
