@@ -18,10 +18,10 @@ from dfengine.errors import InferenceError
 # levels then cost 540 MB, with this limit 410. Videos of one size lose 3 % of CPU time by it.
 _SHAPES_KEPT = "200"
 
-# A network takes this much input at a time, and at least four rows. Layers then hand over to each other in the cache,
-# and memory does not grow with the batch: on one core R-Net took 28 us a crop in parts of 64, 34 in batches of 500, and
-# EfficientNet-B1 at 240 px 13.9 ms in parts of 4 (99 MiB), 15.7 in batches of 32 (522 MiB). One and two rows were no
-# faster, and slower in bfloat16.
+# A network takes this much input at a time, and at least four rows, so that layers hand over to each other in the cache
+# and memory does not grow with the batch. On one core R-Net took 28 us a crop in parts of 64 and 34 in batches of 500;
+# EfficientNet-B1 at 240 px took 14 ms and 99 MiB in parts of 4, 16 ms and 522 MiB in batches of 32. Fewer rows than
+# four gained nothing in float32; single ones cost 12 % more in bfloat16.
 _PART_BYTES = 512 << 10
 _MIN_PART_ROWS = 4
 
@@ -40,9 +40,10 @@ class OpenVinoSession:
     for one caller, and lets several callers share them.
 
     Note [Few shapes]
-    A shape of input that a network has not seen costs 2 to 4 ms, whatever its size, and each change between known ones
-    .4 ms. No two videos give R-Net as many proposals, so the parts of a batch are powers of two. Pictures of any size
-    (P-Net) go one by one: there a shape is a size, and its first levels are faster alone than together.
+    A shape of input that a network has not seen costs 2 to 4 ms, whatever its size, and a change to another known one
+    some .4 ms. No two videos give R-Net as many proposals, so the parts of a batch are powers of two. Pictures of any
+    size (P-Net) go one by one: a shape is a size then, and that is no slower than together. How a batch is cut changed
+    no bit of any network that was tried.
     """
 
     def __init__(self, name: str, onnx: bytes, *, threads: int, precision: Precision = "fp32") -> None:
