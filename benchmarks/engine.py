@@ -228,7 +228,7 @@ def main() -> None:
         for net, by_precision in folders.items():
             print(f"{net}: {', '.join(args.clips)}; {FRAMES} frames, all cores")
             result["timing"].append(time_systems(net, by_precision, clips, args.rounds))
-    print("wrote", save("engine", result).name)
+            print("wrote", save("engine", result).name)  # after each: a run that is stopped keeps what it has
 
 
 if __name__ == "__main__":

@@ -191,6 +191,36 @@ CropResizeOptions read_options(std::int32_t out_h, std::int32_t out_w, const std
   return options;
 }
 
+std::vector<py::array> pyramid(const py::sequence& images, const std::vector<std::array<std::int32_t, 2>>& sizes_hw,
+                               const std::array<float, 3>& mean, const std::array<float, 3>& std_,
+                               const std::string& resize, int threads) {
+  HostArrays arrays;
+  std::vector<Image> views;
+  for (const auto& image : images) views.push_back(read_image(image, arrays));
+  std::vector<CropResizeOptions> levels;
+  for (const auto& hw : sizes_hw) {
+    CropResizeOptions level;
+    level.out_h = hw[0];
+    level.out_w = hw[1];
+    level.filter = parse_filter(resize);
+    std::copy(mean.begin(), mean.end(), level.mean);
+    std::copy(std_.begin(), std_.end(), level.std);
+    check_crop_resize(views, {}, level);  // before the output is allocated from its sizes
+    levels.push_back(level);
+  }
+  std::vector<py::array> out;
+  std::vector<float*> data;
+  for (const auto& level : levels) {
+    out.push_back(py::array_t<float>(std::vector<py::ssize_t>{py::ssize_t(views.size()), 3, level.out_h, level.out_w}));
+    data.push_back(static_cast<float*>(out.back().mutable_data()));
+  }
+  {
+    const py::gil_scoped_release release;
+    pyramid_cpu(views, levels, threads, data);
+  }
+  return out;
+}
+
 py::array crop_resize(const py::sequence& images, const Boxes& boxes, const ImageIndex& image_index,
                       const std::array<std::int32_t, 2>& out_hw, const std::array<float, 3>& mean,
                       const std::array<float, 3>& std_, const std::string& resize, const std::string& padding,
@@ -280,6 +310,12 @@ mean, std: on RGB in 0..1. Returns (N, 3, H, W), RGB, (rgb / 255 - mean) / std.
 resize: 'triangle' (antialiased), 'area' (torch's adaptive average over whole pixels), 'bilinear'.
 padding: 'edge' or 'zero' (black) for what lies outside the image.
 Releases the GIL. The result does not depend on `threads`. Raises ValueError.)");
+  m.def("pyramid", &pyramid, py::arg("images"), py::arg("sizes_hw"), py::kw_only(), py::arg("mean"), py::arg("std"),
+        py::arg("resize") = "triangle", py::arg("threads") = 1,
+        R"(Every image, whole, at several sizes: for each of sizes_hw what crop_resize would give, bit for bit.
+
+Goes image by image, so that an image is read from memory once. Returns a list of (N, 3, H, W) float32 arrays.
+Releases the GIL. Raises ValueError.)");
   m.def(
       "crop_resize_emulated", &run_emulated, py::arg("images"), py::arg("boxes"), py::arg("image_index"), py::kw_only(),
       py::arg("out"), py::arg("mean"), py::arg("std"), py::arg("resize") = "triangle", py::arg("padding") = "edge",

@@ -77,6 +77,12 @@ DF_HD inline OutputOrder make_output_order(std::int32_t quarter_turns, std::int6
 void crop_resize_cpu(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
                      const CropResizeOptions& options, int threads, void* out);
 
+// Every picture, whole, at several sizes: out[l] holds images.size() * 3 * levels[l].out_h * levels[l].out_w floats.
+// What crop_resize_cpu gives level by level, but picture by picture: a picture then comes from memory once. `half` is
+// not used.
+void pyramid_cpu(const std::vector<Image>& images, const std::vector<CropResizeOptions>& levels, int threads,
+                 const std::vector<float*>& out);
+
 // The same on a GPU, where `out` and the planes lie: enqueued on `stream` (a cudaStream_t) of the current context, and
 // not waited for. The views are read during the call, the memory they point to when the stream comes to it. Throws
 // std::runtime_error if the kernel cannot be launched.

@@ -1,12 +1,15 @@
 // The CPU loop of crop_resize.
 //
-// One work item is a band of output rows of one crop. Per output row: the source rows under its taps are
-// summed into one float row per component (vertical pass, contiguous, vectorised), which is then sampled at
-// the output columns (horizontal pass), converted to RGB, normalised and stored. A turned picture is
-// read in coded order and its pixels are stored turned, so that source rows stay contiguous.
+// One work item is a band of output rows of one crop. Per output row: the source rows under its taps are summed into
+// one float row per component (vertical pass, contiguous, vectorised; under kArea first as whole numbers, because most
+// rows weigh the same), which is then sampled at the output columns (horizontal pass), converted to RGB, normalised and
+// stored. A turned picture is read in coded order and its pixels are stored turned, so that source rows stay
+// contiguous.
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <tuple>
 
 #include "crop_resize.h"
 #include "parallel.h"
@@ -49,6 +52,35 @@ DF_MULTIVERSION void add_rows_u8(const std::uint8_t* src, std::int64_t row_bytes
 DF_MULTIVERSION void add_rows_u16(const std::uint8_t* src, std::int64_t row_bytes, const float* weights,
                                   std::int32_t rows, std::int32_t width, float* __restrict dst) {
   add_rows_impl<std::uint16_t>(src, row_bytes, weights, rows, width, dst);
+}
+
+// As many 8-bit samples as 16 bits can add up.
+constexpr std::int32_t kMostEqualRows = 65535 / 255;
+
+// dst[x] += weight * (sum over `rows` rows of row_k[x]), at most kMostEqualRows. `sum` is for `width` numbers.
+// Sixteen whole numbers are added at a time where eight floats would be converted, multiplied and added.
+DF_MULTIVERSION void add_equal_rows_u8(const std::uint8_t* src, std::int64_t row_bytes, float weight, std::int32_t rows,
+                                       std::int32_t width, std::uint16_t* __restrict sum, float* __restrict dst) {
+  const auto row = [&](std::int32_t k) { return src + k * row_bytes; };
+  std::int32_t k = 0;
+  if (rows >= 4) {
+    const std::uint8_t *a = row(0), *b = row(1), *c = row(2), *d = row(3);
+    for (std::int32_t x = 0; x < width; ++x) sum[x] = static_cast<std::uint16_t>(a[x] + b[x] + c[x] + d[x]);
+    k = 4;
+  } else {
+    const std::uint8_t* a = row(0);
+    for (std::int32_t x = 0; x < width; ++x) sum[x] = a[x];
+    k = 1;
+  }
+  for (; k + 4 <= rows; k += 4) {
+    const std::uint8_t *a = row(k), *b = row(k + 1), *c = row(k + 2), *d = row(k + 3);
+    for (std::int32_t x = 0; x < width; ++x) sum[x] = static_cast<std::uint16_t>(sum[x] + a[x] + b[x] + c[x] + d[x]);
+  }
+  for (; k < rows; ++k) {
+    const std::uint8_t* a = row(k);
+    for (std::int32_t x = 0; x < width; ++x) sum[x] = static_cast<std::uint16_t>(sum[x] + a[x]);
+  }
+  for (std::int32_t x = 0; x < width; ++x) dst[x] += weight * static_cast<float>(sum[x]);
 }
 
 // dst[i] = sum over k of weights[k * out + i] * src[first[i] + k]
@@ -94,6 +126,7 @@ struct AxisTable {
   std::vector<float> coverage;  // (out), the weight that lay inside the picture
   std::int32_t window_begin = 0;  // samples [window_begin, window_end) are read
   std::int32_t window_end = 0;
+  std::vector<Taps> taps_of;  // (out), as they were before the picture cut them off
 };
 
 // Weight that falls outside [0, size) goes to the nearest sample (kEdge) or is dropped (kZero). Fills `table`
@@ -104,11 +137,12 @@ void fill_axis_table(Filter filter, Padding padding, const Axis& axis, std::int3
   table.out = out;
   table.first.resize(out);
   table.count.resize(out);
+  table.taps_of.resize(out);
   table.taps = 0;
   table.window_begin = size;
   table.window_end = 0;
   for (std::int32_t i = 0; i < out; ++i) {
-    const Taps taps = make_taps(filter, axis, begin + i);
+    const Taps taps = table.taps_of[i] = make_taps(filter, axis, begin + i);
     const std::int32_t lo = std::clamp(taps.first, 0, size - 1);
     const std::int32_t hi = std::clamp(taps.first + taps.count - 1, 0, size - 1);
     table.first[i] = lo;
@@ -120,7 +154,7 @@ void fill_axis_table(Filter filter, Padding padding, const Axis& axis, std::int3
   table.weights.assign(static_cast<std::size_t>(table.taps) * out, 0.f);
   table.coverage.resize(out);
   for (std::int32_t i = 0; i < out; ++i) {
-    Taps taps = make_taps(filter, axis, begin + i);
+    Taps& taps = table.taps_of[i];
     measure_taps(padding, size, taps);
     const std::int32_t lo = table.first[i];
     for (std::int32_t k = 0; k < taps.count; ++k) {
@@ -135,9 +169,19 @@ void fill_axis_table(Filter filter, Padding padding, const Axis& axis, std::int3
 }
 
 // Adds `rows` weighted rows of the window to `dst`.
-void add_rows(const Image& image, const Plane& plane, std::int32_t x, std::int32_t y, const float* weights,
-              std::int32_t rows, std::int32_t width, std::vector<std::uint8_t>& gathered, float* dst) {
+void add_rows(const Image& image, const Plane& plane, Filter filter, std::int32_t x, std::int32_t y,
+              const float* weights, std::int32_t rows, std::int32_t width, std::vector<std::uint8_t>& gathered,
+              std::vector<std::uint16_t>& sum, float* dst) {
   const std::uint8_t* src = plane.data + y * plane.row_bytes + static_cast<std::int64_t>(x) * plane.step_bytes;
+  if (filter == Filter::kArea && image.sample_bytes == 1 && plane.step_bytes == 1) {
+    sum.resize(width);
+    for (std::int32_t k = 0, run; k < rows; k += run) {
+      run = 1;
+      while (k + run < rows && run < kMostEqualRows && weights[k + run] == weights[k]) ++run;
+      add_equal_rows_u8(src + k * plane.row_bytes, plane.row_bytes, weights[k], run, width, sum.data(), dst);
+    }
+    return;
+  }
   const auto add = image.sample_bytes == 1 ? add_rows_u8 : add_rows_u16;
   if (plane.step_bytes == image.sample_bytes) {
     add(src, plane.row_bytes, weights, rows, width, dst);
@@ -167,8 +211,9 @@ std::uint16_t store<std::uint16_t>(float value) {
 
 // Buffers of one thread.
 struct Workspace {
-  AxisTable horizontal[3], vertical[3];
+  AxisTable horizontal[2], vertical[2];  // of the first component, and of the others
   std::vector<float> row_weights;  // of the source rows under one output row
+  std::vector<std::uint16_t> sum;  // rows of equal weight, summed
   std::vector<float> summed;  // one component's rows, summed
   std::vector<float> sampled, rgb;  // (3, columns)
   std::vector<float> none;  // (columns), zeros: coverage of a component that is not there
@@ -185,7 +230,8 @@ void crop_band(const Image& image, const CropBox& box, const CropResizeOptions& 
   const std::int64_t channel = static_cast<std::int64_t>(options.out_h) * options.out_w;
 
   thread_local Workspace ws;
-  for (int j = 0; j < image.components; ++j) {
+  // Cb and Cr lie on one grid, and share tables.
+  for (int j = 0; j < std::min(image.components, 2); ++j) {
     Axis x = crop.x, y = crop.y;
     x.subsample = j == 0 ? 1 : image.subsample_x;
     y.subsample = j == 0 ? 1 : image.subsample_y;
@@ -201,16 +247,16 @@ void crop_band(const Image& image, const CropBox& box, const CropResizeOptions& 
     const float* coverage[3] = {ws.none.data(), ws.none.data(), ws.none.data()};
     float row_coverage[3] = {0.f, 0.f, 0.f};
     for (int j = 0; j < image.components; ++j) {
-      const AxisTable& h = ws.horizontal[j];
-      const AxisTable& v = ws.vertical[j];
+      const AxisTable& h = ws.horizontal[std::min(j, 1)];
+      const AxisTable& v = ws.vertical[std::min(j, 1)];
       const std::int32_t i = row - row_begin;
       ws.row_weights.resize(v.count[i]);
       for (std::int32_t k = 0; k < v.count[i]; ++k)
         ws.row_weights[k] = v.weights[static_cast<std::size_t>(k) * v.out + i];
       const std::int32_t window = h.window_end - h.window_begin;
       ws.summed.assign(static_cast<std::size_t>(window) + h.taps, 0.f);  // padded taps read past the window, times 0
-      add_rows(image, image.planes[j], h.window_begin, v.window_begin + v.first[i], ws.row_weights.data(), v.count[i],
-               window, ws.gathered, ws.summed.data());
+      add_rows(image, image.planes[j], options.filter, h.window_begin, v.window_begin + v.first[i],
+               ws.row_weights.data(), v.count[i], window, ws.gathered, ws.sum, ws.summed.data());
       sample_columns(ws.summed.data(), h.first.data(), h.weights.data(), h.taps, columns,
                      ws.sampled.data() + static_cast<std::size_t>(j) * columns);
       coverage[j] = h.coverage.data();
@@ -233,13 +279,21 @@ void run(const std::vector<Image>& images, const std::vector<CropBox>& boxes, co
   const auto n = static_cast<std::int64_t>(boxes.size());
   // Few crops are split into bands, so that one large picture (a pyramid level) uses all threads too.
   const std::int64_t bands = threads > 1 && n > 0 ? std::max<std::int64_t>(1, (2 * threads + n - 1) / n) : 1;
+  // The detector's proposals come by score, from 16 pictures. In the order of memory, what one has read is still in the
+  // cache for the next.
+  std::vector<std::int64_t> order(boxes.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
+    return std::tie(boxes[a].image, boxes[a].y1, a) < std::tie(boxes[b].image, boxes[b].y1, b);
+  });
   parallel_for(n * bands, threads, [&](std::int64_t item) {
-    const CropBox& box = boxes[item / bands];
+    const std::int64_t place = order[item / bands];
+    const CropBox& box = boxes[place];
     const Image& image = images[box.image];
     const std::int64_t rows = image.turned() ? options.out_w : options.out_h;
     const std::int64_t band = item % bands;
     crop_band<Out>(image, box, options, norm, static_cast<std::int32_t>(rows * band / bands),
-                   static_cast<std::int32_t>(rows * (band + 1) / bands), out + (item / bands) * crop_size);
+                   static_cast<std::int32_t>(rows * (band + 1) / bands), out + place * crop_size);
   });
 }
 
@@ -254,6 +308,25 @@ void crop_resize_cpu(const std::vector<Image>& images, const std::vector<CropBox
   } else {
     run(images, boxes, options, threads, static_cast<float*>(out));
   }
+}
+
+void pyramid_cpu(const std::vector<Image>& images, const std::vector<CropResizeOptions>& levels, int threads,
+                 const std::vector<float*>& out) {
+  std::vector<CropBox> whole;
+  for (std::size_t n = 0; n < images.size(); ++n) {
+    whole.push_back({0.f, 0.f, static_cast<float>(images[n].upright_width()),
+                     static_cast<float>(images[n].upright_height()), static_cast<std::int32_t>(n)});
+  }
+  for (const CropResizeOptions& level : levels) check_crop_resize(images, whole, level);
+  DF_CHECK(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
+  const auto count = static_cast<std::int64_t>(levels.size());
+  parallel_for(static_cast<std::int64_t>(images.size()) * count, threads, [&](std::int64_t item) {
+    const std::int64_t n = item / count;
+    const CropResizeOptions& level = levels[item % count];
+    crop_band<float>(images[n], whole[n], level, make_normalization(level), 0,
+                     images[n].turned() ? level.out_w : level.out_h,
+                     out[item % count] + n * 3 * level.out_h * level.out_w);
+  });
 }
 
 }  // namespace dfengine

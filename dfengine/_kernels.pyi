@@ -22,6 +22,15 @@ def crop_resize(
     dtype: Literal["float32", "float16"] = "float32",
     threads: int = 1,
 ) -> NDArray[np.floating]: ...
+def pyramid(
+    images: Sequence[Image],
+    sizes_hw: Sequence[tuple[int, int]],
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    resize: str = "triangle",
+    threads: int = 1,
+) -> list[NDArray[np.float32]]: ...
 def crop_resize_emulated(
     images: Sequence[Image],
     boxes: NDArray[np.float32],

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from dfengine import _boxes
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.kernels import crop_resize, to_host
+from dfengine.kernels import crop_resize, pyramid, to_host
 from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
 from dfengine.types import F32, Faces, Image
 
-# Frames that go through the cascade together. Level 0 of 16 frames of 1080p takes 36 MB as network input and twice
-# that inside P-Net; on two cores 4, 8 and 48 were no faster.
+# Frames that go through the cascade together. Their pyramids take 40 MB as network input; on two cores 4, 8 and 48
+# were no faster.
 BATCH_FRAMES = 16
 
 # No network of the cascade is asked for smaller faces: facenet-pytorch's own default.
@@ -139,12 +139,15 @@ class Detector:
     def _crop(
         self, images: Sequence[Image], boxes: F32, image: NDArray[np.int32], hw: tuple[int, int], gain: float
     ) -> Any:
+        mean, std = self._normalization(gain)
+        return crop_resize(
+            images, boxes, image, out_hw=hw, mean=mean, std=std, resize="area", dtype=self._dtype, threads=self._threads
+        )
+
+    def _normalization(self, gain: float) -> tuple[Any, Any]:
         # Brightening by `gain` before normalising, (gain * x - mean) / std, costs nothing this way.
         mean, std = self._input.mean, self._input.std
-        return crop_resize(
-            images, boxes, image, out_hw=hw, resize="area", dtype=self._dtype, threads=self._threads,
-            mean=(mean[0] / gain, mean[1] / gain, mean[2] / gain), std=(std[0] / gain, std[1] / gain, std[2] / gain),
-        )  # fmt: skip
+        return (mean[0] / gain, mean[1] / gain, mean[2] / gain), (std[0] / gain, std[1] / gain, std[2] / gain)
 
     def _cascade(self, images: Sequence[Image], gain: float) -> Faces:
         """The three networks on images of one size."""
@@ -178,12 +181,15 @@ class Detector:
     def _propose(self, images: Sequence[Image], gain: float) -> tuple[NDArray[np.int32], F32]:
         """P-Net over the pyramid: (image, square xyxy boxes)."""
         h, w = images[0].upright_hw
-        whole = np.tile(np.array([0, 0, w, h], np.float32), (len(images), 1))
-        order = np.arange(len(images), dtype=np.int32)
+        scales = self._scales(h, w)
+        mean, std = self._normalization(gain)
+        levels = pyramid(
+            images, [(int(h * scale + 1), int(w * scale + 1)) for scale in scales],
+            mean=mean, std=std, resize="area", dtype=self._dtype, threads=self._threads,
+        )  # fmt: skip
         found: list[tuple[NDArray[np.int32], F32]] = []
-        for scale in self._scales(h, w):
-            hw = (int(h * scale + 1), int(w * scale + 1))
-            prob, shift = self._pnet.run(self._crop(images, whole, order, hw, gain))
+        for scale, level in zip(scales, levels, strict=True):
+            prob, shift = self._pnet.run(level)
             image, rows = _boxes.propose(prob, shift, scale, self.settings.thresholds[0])
             kept = _boxes.nms(rows[:, :4], rows[:, 4], image, _NMS_LEVEL)
             found.append((image[kept], rows[kept]))

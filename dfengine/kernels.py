@@ -50,6 +50,29 @@ def crop_resize(
     return out
 
 
+def pyramid(
+    images: Sequence[Image],
+    sizes_hw: Sequence[tuple[int, int]],
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    resize: str,
+    dtype: Dtype = "float32",
+    threads: int = 1,
+) -> list[Array]:
+    """The images, of one size, whole, at several sizes: what ``crop_resize`` gives for each of them, as one batch each.
+
+    On the CPU picture by picture, so that each comes from memory once.
+    """
+    if not on_device(images[0].components[0]) and dtype == "float32":
+        return list(_kernels.pyramid(images, sizes_hw, mean=mean, std=std, resize=resize, threads=threads))
+    h, w = images[0].upright_hw
+    whole = np.tile(np.array([0, 0, w, h], np.float32), (len(images), 1))
+    order = np.arange(len(images), dtype=np.int32)
+    options: dict[str, Any] = {"mean": mean, "std": std, "resize": resize, "dtype": dtype, "threads": threads}
+    return [crop_resize(images, whole, order, out_hw=hw, **options) for hw in sizes_hw]
+
+
 def to_host(array: Array) -> NDArray[Any]:
     """The same array in main memory; copied only from a GPU."""
     if isinstance(array, np.ndarray):

@@ -13,6 +13,7 @@ from conftest import TOLERANCE
 from dfengine.backbone import BATCH_CROPS, Backbone
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.errors import InferenceError
+from dfengine.runtime.openvino import _part_rows, _parts
 from dfengine.types import Crops
 
 HW = (6, 5)
@@ -155,6 +156,15 @@ def test_the_other_rows_change_nothing(tmp_path, rng):
         one = Cutter(rng, 0)
         one.batch = cutter.batch[i : i + 1]
         assert_close(backbone.run(1, one)["m0"], together[i : i + 1])
+
+
+def test_a_network_sees_few_shapes():
+    for count in range(1, 300):
+        parts = list(_parts(count, 64))
+        assert [i for part in parts for i in range(count)[part]] == list(range(count))
+        assert {part.stop - part.start for part in parts} <= {1, 2, 4, 8, 16, 32, 64}
+    # R-Net; the default bundle; Xception at 299 px
+    assert [_part_rows(3 * 4 * side**2) for side in (24, 144, 299)] == [64, 4, 4]
 
 
 def test_several_threads_at_once(tmp_path, rng):

@@ -15,7 +15,7 @@ import reference
 from conftest import TOLERANCE
 from crop_cases import BOXES, FILTERS, PADDINGS, PLAIN, SUBSAMPLINGS, noise_image
 
-from dfengine._kernels import crop_resize
+from dfengine._kernels import crop_resize, pyramid
 from dfengine.types import Image
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -570,3 +570,29 @@ def test_each_header_compiles_alone(header, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("resize", FILTERS)
+def test_a_pyramid_is_the_whole_picture_at_every_size(rng, resize, threads):
+    images = [noise_image(rng), noise_image(rng, 41, 57, rotation=90), noise_image(rng, bits=10, sub=(1, 1))]
+    sizes = [(20, 25), (9, 7), (1, 1)]
+    levels = pyramid(images, sizes, **NORMALIZED, resize=resize, threads=threads)
+    boxes = [(0, 0, *reversed(i.upright_hw)) for i in images]
+    assert len(levels) == len(sizes)
+    for level, hw in zip(levels, sizes, strict=True):
+        want = run(images, boxes, range(3), out_hw=hw, options=NORMALIZED, resize=resize)
+        np.testing.assert_array_equal(level, want)
+        assert level.dtype == np.float32
+
+
+def test_a_pyramid_of_nothing(rng):
+    assert pyramid([noise_image(rng)], [], **PLAIN) == []
+    assert [level.shape for level in pyramid([], [(4, 5)], **PLAIN)] == [(0, 3, 4, 5)]
+
+
+def test_a_pyramid_of_bad_sizes(rng):
+    with pytest.raises(ValueError, match=r"out_hw must be within 1\.\.16384, got \(0, 5\)"):
+        pyramid([noise_image(rng)], [(4, 5), (0, 5)], **PLAIN)
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        pyramid([noise_image(rng)], [(4, 5)], **PLAIN, threads=0)

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -35,6 +36,7 @@ from assets import (
 from av.video.reformatter import ColorRange, Colorspace
 
 from dfengine.decode import open_video
+from dfengine.decode import video as video_module
 from dfengine.errors import DecodeError, DfengineError, InputError, NotAVideo, SourceNotFound
 from dfengine.sampling import KEYFRAME_STEP_FRAMES, MAX_SNAP_FRAMES, Mode, Policy, nearest
 from dfengine.types import Frames, Image
@@ -620,7 +622,21 @@ def test_a_video_that_was_renamed_is_still_one(made: MakeClip, tmp_path: Path) -
     assert len(frames) == 3
 
 
-def test_a_file_that_vanishes_is_said_to_be_gone(made: MakeClip, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_a_file_too_large_to_keep_is_read_again(made: MakeClip, monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
+    path = made(H264_KEYS)
+    kept, count, _ = decode(path, "uniform:9", mode)
+    monkeypatch.setattr(video_module, "KEPT_BYTES", path.stat().st_size // 2)  # not from the first packet on
+    again, count_again, _ = decode(path, "uniform:9", mode)
+    assert count == count_again
+    np.testing.assert_array_equal(kept.pts_seconds, again.pts_seconds)
+    assert all(same(a, b.components) for a, b in zip(kept.images, again.images, strict=True))
+
+
+def test_a_file_that_vanishes_is_said_to_be_gone(
+    made: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_module, "KEPT_BYTES", 0)
     path = tmp_path / "gone.mp4"
     shutil.copy(made(H264_KEYS), path)
     with open_video(path) as video:

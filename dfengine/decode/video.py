@@ -32,6 +32,11 @@ MAX_PIXELS = 8192 * 8192
 # Decoded frames that are kept at one time. 17 frames of 1080p are 53 MB, of 2160p 212 MB.
 DEFAULT_MEMORY_BYTES = 256 << 20
 
+# Packets that are kept from the scan, so that the file need not be opened and read again to decode it: FFmpeg decodes
+# some frames to open an H.264 file, 9 ms at 1080p. 32 MiB are a minute of 1080p at 4.5 Mbit/s; longer videos are read
+# twice.
+KEPT_BYTES = 32 << 20
+
 # A stated duration may exceed the last packet by this much without the file being called truncated: the
 # duration of the last packet, and rounding by muxers that write milliseconds or whole frames.
 TRUNCATION_SLACK_SECONDS = 0.5
@@ -130,6 +135,7 @@ class Video:
         self._decoders = decoders
         self._decoder = decoders[0]
         self._opened = ExitStack()
+        self._kept: list[Packet[Any]] | None = []  # None: they were too many, or are used up
         self._container, self._stream = self._open()
         try:
             self._check_stream()
@@ -147,6 +153,7 @@ class Video:
         """Releases the file and the decoder. Frames that were handed out stay valid."""
         self._decoder.close()
         self._opened.close()
+        self._kept = None
 
     @property
     def name(self) -> str:
@@ -293,6 +300,7 @@ class Video:
         # AVI states the order of decoding only; the times that FFmpeg guesses from it are wrong with B-pictures.
         timed = self._container.format.name != "avi"
         last_end = 0.0
+        kept_bytes = 0
         nal = NalFormat(self._stream.codec_context)
         try:
             for packet in self._container.demux():
@@ -311,6 +319,11 @@ class Video:
                 seconds.append(float(stamp * packet.time_base) if stamp is not None else np.nan)
                 is_key.append(packet.is_keyframe and nal.may_begin(bytes(packet)))
                 shown.append(not packet.is_discard)
+                kept_bytes += packet.size
+                if kept_bytes > KEPT_BYTES:
+                    self._kept = None
+                elif self._kept is not None:
+                    self._kept.append(packet)
                 for decoder in self._decoders:
                     decoder.examine(packet)
         except av.FFmpegError as error:
@@ -379,16 +392,19 @@ class Video:
         self, packets: Packets, wanted: F64, mode: Mode
     ) -> Iterator[tuple[slice, Generator[tuple[Any, float], None, None]]]:
         """Yields, for each run of packets that must be decoded, which wanted times it serves and its pictures."""
-        # A fresh decoder on a fresh demuxer, not a seek. Note [First packet first]: x264 tells its version only in
-        # the first packet, and decoders need it to read old 4:4:4 streams: without it those frames turn green. So
-        # the first packet is always decoded, also where the first wanted frame is far behind it.
-        self._opened.close()
-        self._container, self._stream = self._open()
+        # From the start of the file, not by a seek. Note [First packet first]: x264 tells its version only in the first
+        # packet, and decoders need it to read old 4:4:4 streams: without it those frames turn green. So the first
+        # packet is always decoded, also where the first wanted frame is far behind it.
+        kept, self._kept = self._kept, None
+        if kept is None:  # or a decoder has tried before: the next one begins with a fresh codec
+            self._opened.close()
+            self._container, self._stream = self._open()
+        packets_again = kept or (p for p in self._container.demux(self._stream) if p.size > 0)
         self._decoder.start(self._stream, packets, mode)
         segments = list(plan_segments(packets.seconds, packets.is_key, wanted))
         if segments[0].first > 0:
             segments.insert(0, Segment(0, 1, np.inf, slice(0, 0)))
-        demuxed = enumerate(p for p in self._container.demux(self._stream) if p.size > 0)
+        demuxed = enumerate(packets_again)
         for segment in segments:
             taken = _take(demuxed, segment, self._note_read_error)
             yield segment.wanted, self._decoder.decode(taken, segment, wanted[segment.wanted])
