@@ -23,7 +23,7 @@ from dfengine.types import F32, F64, I64, Array, Crops, Tracks
 
 MakeCrops = Callable[[ModelSpec, slice], Crops]
 
-# Crops that go through a member together. 224 px crops of 32 rows are 19 MB; 8 and 128 were no faster.
+# Crops that are cut and handed to a member together. 224 px crops of 32 rows are 19 MB; 8 and 128 were no faster.
 BATCH_CROPS = 32
 
 
