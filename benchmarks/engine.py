@@ -2,8 +2,9 @@
 
     python -m benchmarks.engine --videos DIR [--clips NAME ...] [--rounds 5] [--nets default ...]
 
-First the scores are compared over all videos of DIR; then the clips are scored again and again by each system, on all
-cores, each in a process of its own (which also tells its peak memory).
+First the scores of the default bundle are compared over all videos of DIR, if that is among the networks; then the clips are scored again and again by each system, on all
+cores, each in a process of its own (which also tells its peak memory). Networks that are not named keep the numbers of an
+earlier run on the same clips.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import save
+from benchmarks.harness import describe_machine, load, save
 from dfengine import Bundle, Engine
 from dfengine.batch import VIDEO_SUFFIXES
 
@@ -217,17 +218,21 @@ def main() -> None:
                 from benchmarks.nets import make_bundle
 
                 folders[net] = {p: make_bundle(net, Path(temporary), p).folder for p in ("fp32", "bf16")}
-        print(f"agreement over {len(videos)} videos, default bundle")
-        result: dict[str, Any] = {
-            "what": f"{FRAMES} frames a video, all cores; networks are loaded before; each system in its own process",
-            "clips": list(args.clips),
-            "videos": [v.name for v in videos],
-            "agreement": compare_scores(videos, Bundle.load("default").folder),
-            "timing": [],
-        }
+        result = load("engine")
+        if result.get("clips") != list(args.clips):
+            result = {"clips": list(args.clips), "timing": []}
+        result["what"] = (
+            f"{FRAMES} frames a video, all cores; networks are loaded before; each system in its own process"
+        )
+        if "default" in folders:
+            print(f"agreement over {len(videos)} videos, default bundle")
+            result["videos"] = [v.name for v in videos]
+            result["agreement"] = compare_scores(videos, Bundle.load("default").folder)
         for net, by_precision in folders.items():
             print(f"{net}: {', '.join(args.clips)}; {FRAMES} frames, all cores")
-            result["timing"].append(time_systems(net, by_precision, clips, args.rounds))
+            part = time_systems(net, by_precision, clips, args.rounds)
+            parts = {p["net"]: p for p in (*result["timing"], part | {"git": describe_machine()["git"]})}
+            result["timing"] = sorted(parts.values(), key=lambda p: str(p["net"]))
             print("wrote", save("engine", result).name)  # after each: a run that is stopped keeps what it has
 
 

@@ -60,11 +60,18 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def load(name: str) -> dict[str, Any]:
+    """What ``save`` wrote, {} if that never happened."""
+    path = RESULTS / f"{name}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return result
+
+
 def save(name: str, result: dict[str, Any]) -> Path:
     """Writes benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": describe_machine()} | result, indent=2) + "\n")
+    path.write_text(json.dumps(result | {"machine": describe_machine()}, indent=2) + "\n")
     return path
 
 
