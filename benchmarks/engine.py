@@ -2,9 +2,9 @@
 
     python -m benchmarks.engine --videos DIR [--clips NAME ...] [--rounds 5] [--nets default ...]
 
-First the scores of the default bundle are compared over all videos of DIR, if that is among the networks; then the clips are scored again and again by each system, on all
-cores, each in a process of its own (which also tells its peak memory). Networks that are not named keep the numbers of an
-earlier run on the same clips.
+First the scores of the default bundle are compared over all videos of DIR, if that is among the networks; then the
+clips are scored again and again by each system, on all cores, each in a process of its own (which also tells its peak
+memory). Networks that are not named keep the numbers of an earlier run on the same clips.
 """
 
 from __future__ import annotations
