@@ -26,6 +26,7 @@
 
 #include <cstring>
 #include <functional>
+#include <stdexcept>
 
 #include "crop_resize.h"
 
@@ -108,7 +109,7 @@ struct Tile {
   const TileImage& image;
   int box_index;
   int column0, row0;  // of its first pixel
-  int columns, rows;  // it has; `rows` of box.tile_rows, and 0 if there is no such tile
+  int columns, rows;  // it has; `rows` of box.tile_rows, none if there is no such tile
 
   DF_HD Tile(const TileLaunch& told, int tile_index, int box_of_launch)
       : launch(told), box(told.boxes[box_of_launch]), image(told.images[box.image]), box_index(box_of_launch) {
@@ -118,7 +119,6 @@ struct Tile {
     row0 = tile_index / across * box.tile_rows;
     columns = all_columns() - column0 < width ? all_columns() - column0 : width;
     rows = all_rows() - row0 < box.tile_rows ? all_rows() - row0 : box.tile_rows;
-    if (columns <= 0 || rows < 0) rows = 0;
   }
 
   DF_HD bool turned() const { return (image.quarter_turns & 1) != 0; }
@@ -193,11 +193,17 @@ struct SmallDivisor {
   DF_HD int divide(int a) const { return static_cast<int>((static_cast<std::uint32_t>(a) * reciprocal) >> 16); }
 };
 
+// A GPU faults where a CPU does not mind.
+inline void must_be_aligned(const void* address, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) throw std::logic_error("a GPU would fault here");
+}
+
 template <typename T>
 DF_HD inline T load(const void* address) {
 #if defined(__CUDA_ARCH__)
   return __ldg(static_cast<const T*>(address));  // through the read-only cache: nobody writes to pictures here
 #else
+  must_be_aligned(address, sizeof(T));
   T value;
   std::memcpy(&value, address, sizeof(T));
   return value;
@@ -231,6 +237,7 @@ DF_HD inline void store4(const float* from, float* to) {
 #if defined(__CUDA_ARCH__)
   *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
 #else
+  must_be_aligned(to, 4 * sizeof(float));
   std::memcpy(to, from, 4 * sizeof(float));
 #endif
 }
@@ -346,6 +353,7 @@ DF_HD inline void sum_columns(const Tile& tile, const TileWindow& window, int ch
           pixels.value[p][1] += w * pair.x;
           pixels.value[p][2] += w * pair.y;
 #else
+          must_be_aligned(from, 2 * sizeof(float));
           for (int lane = 0; lane < Lanes; ++lane) pixels.value[p][kGrid + lane] += w * from[lane];
 #endif
         }
@@ -425,7 +433,7 @@ template <typename Out, typename Threads>
 DF_HD inline void crop_tile(const TileLaunch& launch, int tile_index, int box_index, TileShared& shared,
                             Threads& threads) {
   const Tile tile(launch, tile_index, box_index);
-  if (tile.rows == 0) return;  // other boxes have more tiles
+  if (tile.rows <= 0) return;  // other boxes have more tiles
   threads.each([&](int t, TilePixels&) { set_up_taps(tile, shared, t); });
   filter_lanes<1>(tile, shared, threads);
   if (tile.image.components == 3) filter_lanes<2>(tile, shared, threads);

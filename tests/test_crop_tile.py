@@ -96,19 +96,19 @@ def test_vectors_change_nothing(rng):
     planar = dataclasses.replace(image, components=tuple(np.ascontiguousarray(c) for c in image.components))
     boxes = [(1.2, 3.4, 77, 56), (-5, -6, 90, 70), (20, 20, 40, 40)]
     want = emulate([image], boxes, [0, 0, 0], out_hw=(31, 45))
-    for other in (planar, *(shifted(image, n) for n in (1, 2, 3, 5, 7))):
+    for other in (planar, *(shifted(image, (n, n, n)) for n in (1, 2, 3, 5, 7)), shifted(image, (0, 0, 3))):
         np.testing.assert_array_equal(emulate([other], boxes, [0, 0, 0], out_hw=(31, 45)), want)
 
 
-def shifted(image: Image, by: int) -> Image:
-    """A copy whose planes begin ``by`` bytes later than they could."""
+def shifted(image: Image, by: tuple[int, int, int]) -> Image:
+    """A planar copy whose planes begin so many bytes later than they could."""
 
-    def move(plane):
+    def move(plane, by):
         wide = np.zeros((plane.shape[0], plane.shape[1] + 8), np.uint8)
         wide[:, by : by + plane.shape[1]] = plane
         return wide[:, by : by + plane.shape[1]]
 
-    return dataclasses.replace(image, components=tuple(map(move, image.components)))
+    return dataclasses.replace(image, components=tuple(map(move, image.components, by)))
 
 
 def test_any_strides(rng):
