@@ -168,7 +168,7 @@ def test_swaps_come_from_other_sources_of_the_same_split(reals: FaceTable) -> No
     batches = make(reals, fakes=replace(PAIRS, swap=1.0))
     for n in range(40):
         row = np.array([n % len(batches.faces)])
-        donor = batches._draw_donor(row, np.random.default_rng(n))
+        donor = batches.draw_donor(row, np.random.default_rng(n))
         assert batches.faces.source_id[donor[0]] != batches.faces.source_id[row[0]]
     assert set(batches.faces.split_name) == {"train"}
 

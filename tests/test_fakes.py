@@ -36,7 +36,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Faces:
     batches = Batches(
         table, SPEC, DataSettings(), AugmentSettings(), FakeSettings(ratio=1), split="train", seed=0, batch=2
     )
-    return batches._canvases(np.arange(PEOPLE))
+    return batches.canvases(np.arange(PEOPLE))
 
 
 def make_pairs(people: Faces, rows: list[int], donors: list[int], seed: int, settings: FakeSettings = DEFAULT) -> Pairs:
@@ -146,7 +146,7 @@ def test_rescale_of_one_changes_nothing(people: Faces) -> None:
 
 def test_geometry_agrees_with_itself() -> None:
     draws = Draws([(0, i) for i in range(5)])
-    pose = fakes._random_pose(torch.tensor([[20.0, 30, 60, 80]]).repeat(5, 1), draws)
+    pose = fakes.random_pose(torch.tensor([[20.0, 30, 60, 80]]).repeat(5, 1), draws)
     points = draws.uniform(0, 100, 7, 2)
     there = fakes.transform(pose, points)
     torch.testing.assert_close(fakes.transform(fakes.invert(pose), there), points, atol=1e-3, rtol=0)

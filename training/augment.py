@@ -151,7 +151,7 @@ def augment_pixels(
     x = _to_tensor(pictures)
     if on["downscale"]:
         low, high = sorted(settings.downscale_face_px)
-        x, boxes = _downscale(x, boxes, high * (low / high) ** scale)
+        x, boxes = downscale(x, boxes, high * (low / high) ** scale)
     if on["colour"]:
         x = _take_photo(x, camera, severity)
     if on["blur"]:
@@ -208,7 +208,7 @@ def _to_tensor(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(same)).permute(0, 3, 1, 2).float() / 255
 
 
-def _downscale(x: Tensor, boxes: F32, face_px: float) -> tuple[Tensor, F32]:
+def downscale(x: Tensor, boxes: F32, face_px: float) -> tuple[Tensor, F32]:
     """Scales pictures so that the largest face has ``face_px``; never up."""
     scale = face_px / float((boxes[:, 2:] - boxes[:, :2]).max())
     if scale >= 1:

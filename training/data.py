@@ -44,7 +44,7 @@ MASK_STRIDE = 16
 
 # Pseudo-fakes are made where a face has this much more pixels than in the network's input, with this much more margin
 # around it: room to be turned, shifted and cropped with jitter.
-CANVAS_ZOOM, CANVAS_ROOM = 1.25, 0.4
+CANVAS_ZOOM, CANVAS_ROOM = 1.25, 0.25
 
 # So that a set of photos is read once and not in every epoch: 1,500 faces for an input of 144 px.
 CACHE_BYTES = 256 << 20
@@ -95,6 +95,7 @@ class _Sample:
 
     rows: I64  # (T,)
     key: tuple[int, ...]  # of its chance; the real and the fake of a pair have the same
+    view: int = 0  # of a pair: which camera and codec it goes through
     is_fake: bool = False  # to be made a fake of
     in_pair: bool = False
 
@@ -211,11 +212,15 @@ class Batches:
                 f"pairs are balanced by themselves; with fakes.ratio {ratio} data.balance must be 'undersample', "
                 f"got {self.data.balance!r}",
             )
+        parts = 2 * self.fakes.views * self.world
+        require(
+            ratio == 0 or self.batch % parts == 0,
+            f"with pairs the batch must be a multiple of {parts} (2 * fakes.views * processes), got {self.batch}",
+        )
         half_shared = self.batch % (2 * self.world) == 0
         require(
-            half_shared or not (ratio > 0 or self.augment.mixes),
-            f"with pairs, mixup or cutmix the batch must be a multiple of {2 * self.world} (2 * processes), "
-            f"got {self.batch}",
+            half_shared or not self.augment.mixes,
+            f"with mixup or cutmix the batch must be a multiple of {2 * self.world} (2 * processes), got {self.batch}",
         )
         require(self.batch % self.world == 0, f"{self.world} processes cannot share a batch of {self.batch} equally")
 
@@ -265,9 +270,16 @@ class Batches:
                 fakes = [self._fake[k] for k in rng.permutation(len(self._fake))]
             (rows,) = self._draw_rows(fakes.pop(), rng, count=1)
             partners.append(_Sample(rows, (epoch, 2, n)))
-        half = self.batch // 2
-        starts = range(0, len(samples), half)
-        return [s for k in starts for s in (*samples[k : k + half], *partners[k : k + half])]
+        # Views of a pair lie so far apart that one process has them all, and makes the pair once.
+        views, unique = self.fakes.views, self.batch // (2 * self.fakes.views)
+        starts = range(0, len(samples), unique)
+        return [
+            replace(s, view=view)
+            for k in starts
+            for part in (samples[k : k + unique], partners[k : k + unique])
+            for view in range(views)
+            for s in part
+        ]
 
     def _plan_evaluation(self) -> list[_Sample]:
         rows = [r for of_video in self._videos.values() for r in self._all_rows(of_video)]
@@ -313,7 +325,7 @@ class Batches:
         masks: list[Tensor] = []
         for sample in share:
             pictures, face_boxes, mask = self._load(sample, pairs)
-            rng = np.random.default_rng((self.seed, *sample.key))
+            rng = np.random.default_rng((self.seed, *sample.key, 5, sample.view))
             if rng.random() < self.augment.flip:
                 width = np.array([p.shape[1] for p in pictures], np.float32)[:, None]
                 pictures = [np.ascontiguousarray(p[:, ::-1]) for p in pictures]
@@ -367,17 +379,17 @@ class Batches:
         rows = {s.key: s.rows for s in samples if s.in_pair}
         if not rows:
             return {}
-        donors = {key: self._draw_donor(r, np.random.default_rng((self.seed, *key, 1))) for key, r in rows.items()}
+        donors = {key: self.draw_donor(r, np.random.default_rng((self.seed, *key, 1))) for key, r in rows.items()}
         wanted = np.concatenate([*rows.values(), *donors.values()])
         unique, place = np.unique(wanted, return_inverse=True)  # a self-blended image is its own donor: read it once
         place = torch.from_numpy(place).to(self.device)
-        rgb, boxes, landmarks = (t[place].chunk(2) for t in self._canvases(unique))
+        rgb, boxes, landmarks = (t[place].chunk(2) for t in self.canvases(unique))
         draws = Draws([(self.seed, *key, 2) for key, r in rows.items() for _ in r], self.device)
         made = make_pairs(rgb[0], boxes[0], landmarks[0], rgb[1], landmarks[1], self.fakes, draws)
         parts = {f.name: getattr(made, f.name).unflatten(0, (len(rows), -1)) for f in fields(Pairs)}
         return {key: Pairs(**{name: part[i] for name, part in parts.items()}) for i, key in enumerate(rows)}
 
-    def _canvases(self, rows: I64) -> tuple[Tensor, Tensor, Tensor]:
+    def canvases(self, rows: I64) -> tuple[Tensor, Tensor, Tensor]:
         """Faces on squares of one size: RGB in 0..1 (N, 3, S, S), boxes (N, 4) and landmarks (N, 5, 2) there."""
         spec, faces = self._canvas, self.faces
         rgb = np.stack([self._cached_canvas(int(row)) for row in rows]) / np.float32(255)
@@ -396,7 +408,7 @@ class Batches:
         rgb = crop_faces([Image.from_rgb(self.faces.read_crop(row))], box, np.zeros(1, np.int64), self._canvas)[0]
         return (rgb * 255).round().clip(0, 255).astype(np.uint8)
 
-    def _draw_donor(self, rows: I64, rng: np.random.Generator) -> I64:
+    def draw_donor(self, rows: I64, rng: np.random.Generator) -> I64:
         """Whose face a pseudo-fake of ``rows`` gets, (T,): their own, or that of another source."""
         faces = self.faces
         if rng.random() >= self.fakes.swap:

@@ -43,6 +43,10 @@ from .table import FaceTable
 THRESHOLD = 0.5  # of accuracy, on the calibrated score: where real and fake are equally likely
 BATCH = 32
 
+# What is measured of a set of videos, each with an interval over its sources. The last two: what the sharpness of the
+# crops alone would reach, and how much more the network does.
+NUMBERS = ("log_loss", "auc", "eer", "accuracy", "calibration_error", "sharpness_auc", "auc_above_sharpness")
+
 
 @dataclass(frozen=True, eq=False)
 class Trained:
@@ -268,14 +272,14 @@ def measure(scored: Scored, calibration: Calibration, threshold: float = THRESHO
     def numbers(r: I64) -> list[float]:
         return [
             metrics.log_loss(labels[r], p[r]),
-            metrics.auc(labels[r], p[r]),
+            area := metrics.auc(labels[r], p[r]),
             metrics.eer(labels[r], p[r]),
             metrics.accuracy(labels[r], p[r], threshold),
             metrics.calibration_error(labels[r], p[r]),
-            metrics.auc(labels[r], side * scored.sharpness[r]),
+            sharp := metrics.auc(labels[r], side * scored.sharpness[r]),
+            area - sharp,
         ]
 
-    names = ("log_loss", "auc", "eer", "accuracy", "calibration_error", "sharpness_auc")
     values = numbers(np.arange(len(scored)))
     rounds = metrics.bootstrap(numbers, scored.source_id)
     pairs, count = metrics.pair_accuracy(p, scored.video, scored.original)
@@ -285,7 +289,7 @@ def measure(scored: Scored, calibration: Calibration, threshold: float = THRESHO
         "sources": len(set(scored.source_id)),
         "threshold": threshold,
     }
-    for i, name in enumerate(names):
+    for i, name in enumerate(NUMBERS):
         result[name] = _number(values[i])
         result[f"{name}_95"] = metrics.interval(rounds[:, i])
     return result | {"pair_accuracy": _number(pairs), "pairs": count}
@@ -388,29 +392,41 @@ def evaluate(
     )
     calibration = fit_calibration(validation.logit, validation.label, fitted_on)
     scored = validation if split == "val" else score(split)
-    part = table.split(split)
+    report = make_report(trained, table.split(split), scored, calibration, threshold=threshold)
+    write_report(report, scored, calibration, out)
+    return report
+
+
+def make_report(
+    trained: Sequence[Trained], part: FaceTable, scored: Scored, calibration: Calibration, *, threshold: float
+) -> dict[str, Any]:
+    """The content of evaluation.json. ``part``: the rows of the split that ``scored`` is of."""
+    split = str(part.split_name[0])
     failed = part[np.array([f is not None for f in part.failure], bool)]
-    report = {
+    failures = dict(zip(failed.path, failed.dataset, strict=True))
+    return {
         "checkpoints": {t.name: t.sha256 for t in trained},
         "split": split,
         "calibration": {k: getattr(calibration, k) for k in ("temperature", "bias", "fitted_on")},
         "calibrated_on_the_same_videos": split == "val",
-        "by_dataset": measure_by_dataset(
-            scored, calibration, dict(zip(failed.path, failed.dataset, strict=True)), threshold
-        ),
+        "by_dataset": measure_by_dataset(scored, calibration, failures, threshold),
         "not_scored": part.failures,
     }
+
+
+def write_report(report: Mapping[str, Any], scored: Scored, calibration: Calibration, out: Path) -> None:
+    """Writes evaluation.json, predictions.csv, roc.png and reliability.png."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["video", "label", "source_id", "dataset", "logit", "p_fake"])
-        p_fake = calibrate(scored.logit, calibration)
-        for row in zip(scored.video, scored.label, scored.source_id, scored.dataset, scored.logit, p_fake, strict=True):
-            writer.writerow([row[0], int(row[1]), row[2], row[3], f"{row[4]:.6f}", f"{row[5]:.6f}"])
+        writer.writerow(["video", "label", "source_id", "dataset", "logit", "p_fake", "sharpness"])
+        columns = (scored.video, scored.label, scored.source_id, scored.dataset)
+        numbers = (scored.logit, calibrate(scored.logit, calibration), scored.sharpness)
+        for video, label, source, dataset, *values in zip(*columns, *numbers, strict=True):
+            writer.writerow([video, int(label), source, dataset, *(f"{v:.6f}" for v in values)])
     draw_roc(scored, out / "roc.png")
     draw_reliability(scored, calibration, out / "reliability.png")
-    return report
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -418,7 +434,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     table = Table("", *datasets, title=f"split {report['split']}, with 95 % intervals over sources")
     for name in ("real", "fake", "not_scored"):
         table.add_row(name.replace("_", " "), *(str(row[name]) for row in datasets.values()))
-    for name in ("log_loss", "auc", "eer", "accuracy", "calibration_error", "sharpness_auc", "pair_accuracy"):
+    for name in (*NUMBERS, "pair_accuracy"):
         cells = []
         for row in datasets.values():
             value, between = row.get(name), row.get(f"{name}_95")

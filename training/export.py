@@ -197,14 +197,17 @@ def read_evaluation(path: Path | None, trained: Sequence[Trained]) -> tuple[Cali
         report = json.loads(path.read_text(encoding="utf-8"))
         checkpoints, calibration = report["checkpoints"], from_plain(Calibration, report["calibration"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"this is no evaluation of training.evaluate ({error!r})", path=path) from None
+        raise ExportError(
+            f"this is no evaluation of training.evaluate or training.heldout ({error!r})", path=path
+        ) from None
     if checkpoints != {t.name: t.sha256 for t in trained}:
         raise ExportError(
             f"the evaluation is of other checkpoints ({', '.join(checkpoints)}) than those to export; run "
             "training.evaluate on these",
             path=path,
         )
-    return calibration, {"held_out": {k: report[k] for k in ("split", "by_dataset", "calibrated_on_the_same_videos")}}
+    keys = ("split", "by_dataset", "calibrated_on_the_same_videos", "levels", "false_positives")
+    return calibration, {"held_out": {k: report[k] for k in keys if k in report}}
 
 
 def describe(trained: Sequence[Trained], measured: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class FakeSettings:
     """Names of steps are the chance that a pair gets them; the values were set by eye on contact sheets."""
 
     ratio: float = 0.0  # of the fakes that are made from real faces: 0 none, 1 all
+    # How often a pair is in its batch, each time through another camera and codec: making pairs costs more than that.
+    views: int = 1
     # The rest are self-blended images, which the literature finds to generalise better.
     swap: float = 0.3
     low_resolution: float = 0.3  # source or target came out of a generator of few pixels and was scaled up
@@ -48,6 +50,8 @@ class FakeSettings:
         for name in ("ratio", "swap", "low_resolution", "relight", "warp", "occlude"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"fakes.{name} is a share, from 0 to 1; got {getattr(self, name)}")
+        if self.views < 1:
+            raise OptionError(f"fakes.views must be 1 or more, got {self.views}")
         if min(self.generator_face_px) < 8:
             raise OptionError(f"fakes.generator_face_px must be 8 at least, got {self.generator_face_px}")
 
@@ -131,7 +135,7 @@ def make_pairs(
     b, _, size, _ = rgb.shape
     face_px = (xyxy[:, 2:] - xyxy[:, :2]).amax(dim=1)
     is_swap = (donor_landmarks != landmarks).flatten(1).any(dim=1)
-    pose = _random_pose(xyxy, draws)  # output -> photo
+    pose = random_pose(xyxy, draws)  # output -> photo
     to_donor = compose(fit_affine(landmarks, donor_landmarks), compose(pose, _random_misfit(b, size, draws)))
 
     alter_source = _images(draws.chance(0.5))
@@ -152,7 +156,7 @@ def make_pairs(
     opacity = torch.where(draws.chance(0.4), draws.uniform(0.6, 1.0), 1.0)
     mask = mask * _images(opacity)
     target, mask = _occlude(target, mask, points, settings.occlude, draws)
-    return Pairs(target, target + mask * (source - target), mask, _box_around(xyxy, pose))
+    return Pairs(target, target + mask * (source - target), mask, box_around(xyxy, pose))
 
 
 def random_mask(landmarks: Tensor, size: int, draws: Draws) -> Tensor:
@@ -338,7 +342,7 @@ def _affine(centre: Tensor, scale_x: Tensor, scale_y: Tensor, radians: Tensor, s
     return torch.cat([linear, offset], dim=2)
 
 
-def _random_pose(xyxy: Tensor, draws: Draws) -> Tensor:
+def random_pose(xyxy: Tensor, draws: Draws) -> Tensor:
     """What real and fake share: a flip, a turn up to 10 degrees, 10 % of scale; about the middle of the face."""
     flip = torch.where(draws.chance(0.5), -1.0, 1.0)
     scale = draws.uniform(0.9, 1.1)
@@ -401,7 +405,7 @@ def _occlude(target: Tensor, mask: Tensor, landmarks: Tensor, chance: float, dra
     return target, mask
 
 
-def _box_around(xyxy: Tensor, pose: Tensor) -> Tensor:
+def box_around(xyxy: Tensor, pose: Tensor) -> Tensor:
     """The box that the detector would give after ``pose``: moved and scaled, but upright."""
     centre = transform(invert(pose), (xyxy[:, None, :2] + xyxy[:, None, 2:]) / 2).squeeze(1)
     zoom = torch.linalg.det(pose[:, :, :2]).abs().rsqrt()[:, None]
