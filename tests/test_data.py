@@ -18,7 +18,7 @@ from dfengine.crop import crop_faces  # noqa: E402
 from dfengine.errors import OptionError  # noqa: E402
 from dfengine.types import Image  # noqa: E402
 from training.augment import AugmentSettings  # noqa: E402
-from training.data import Batch, Batches, DataError, DataSettings, FaceTable  # noqa: E402
+from training.data import Batch, Batches, DataError, DataSettings, FaceTable, _trim  # noqa: E402
 from training.fakes import FakeSettings  # noqa: E402
 
 torch.set_num_threads(1)
@@ -150,6 +150,38 @@ def test_pairs_share_their_augmentation(reals: FaceTable) -> None:
         outside = (batch.mask[2:] == 0).float().repeat_interleave(16, 2).repeat_interleave(16, 3).expand(-1, 3, -1, -1)
         difference = ((batch.x[:2] - batch.x[2:]).abs() * outside).sum() / outside.sum()
         assert difference < 0.05, "of 4, where nothing was blended; codecs spread a little"
+
+
+def test_views_are_one_pair_through_several_cameras(reals: FaceTable) -> None:
+    plain = make(reals, fakes=replace(PAIRS, views=2))
+    assert len(plain) == 6
+    for batch in plain.epoch(0):
+        assert batch.video[:2] == batch.video[:1] * 2, "views of one pair"
+        torch.testing.assert_close(batch.x[:2], batch.x[[1, 0]], rtol=0, atol=0)
+    for batch in make(reals, replace(ALL, mixup=0.0, cutmix=0.0), fakes=replace(PAIRS, views=2)).epoch(0):
+        assert (batch.x[0] - batch.x[1]).abs().mean() > 0.02, "each has its own luck"
+    shared = [
+        b for rank in (0, 1) for b in make(reals, fakes=replace(PAIRS, views=2), batch=8, rank=rank, world=2).epoch(0)
+    ]
+    for batch in shared:
+        assert len(set(batch.video)) == 2, "a process has all views of its pairs"
+    with pytest.raises(DataError, match=r"a multiple of 8 \(2 \* fakes\.views \* processes\), got 4"):
+        make(reals, fakes=replace(PAIRS, views=2), world=2)
+
+
+def test_only_what_the_crop_shows_is_augmented(table: FaceTable) -> None:
+    """And the crop is the same."""
+    batches = make(table)
+    pictures, box = [table.read_crop(0)], table.in_crop(0, table.box[0].reshape(2, 2)).reshape(1, 4)
+    narrow = replace(batches.spec, margin_ratio=0.0)
+    trimmed, moved = _trim(pictures, box, narrow)
+    assert trimmed[0].shape[0] < pictures[0].shape[0]
+    assert trimmed[0].shape[1] < pictures[0].shape[1]
+    whole, part = (
+        crop_faces([Image.from_rgb(p[0])], b, np.zeros(1, np.int64), narrow)
+        for p, b in ((pictures, box), (trimmed, moved))
+    )
+    np.testing.assert_allclose(part, whole, rtol=0, atol=1e-4)
 
 
 def test_labelled_fakes_fill_the_rest_and_their_masks_are_unknown(table: FaceTable) -> None:
@@ -332,8 +364,8 @@ def test_sound_comes_from_the_video_itself(table: FaceTable) -> None:
             r"make fakes \(fakes.ratio = 1\)",
         ),
         ({"fakes": SOME}, "fakes.ratio 0.5 needs fakes for the rest, there are 6 real and 0 fake files; set 1"),
-        ({"fakes": PAIRS, "batch": 5}, r"the batch must be a multiple of 2 \(2 \* processes\), got 5"),
-        ({"fakes": PAIRS, "batch": 6, "world": 2}, r"a multiple of 4 \(2 \* processes\), got 6"),
+        ({"fakes": PAIRS, "batch": 5}, r"the batch must be a multiple of 2 \(2 \* fakes\.views \* processes\), got 5"),
+        ({"fakes": PAIRS, "batch": 6, "world": 2}, r"a multiple of 4 \(2 \* fakes\.views \* processes\), got 6"),
         ({"fakes": PAIRS, "batch": 14}, "an epoch has 12 samples, less than one batch of 14; lower train.batch"),
         ({"fakes": PAIRS, "balance": "weights"}, "with fakes.ratio 1.0 data.balance must be 'undersample'"),
     ],

@@ -99,9 +99,10 @@ def test_each_dataset_has_its_numbers(report: tuple[dict, Path]) -> None:
     assert [d["not_scored"] for d in datasets.values()] == [0, 1, 1]
     assert report[0]["not_scored"] == {"lost.mp4": "no face was found"}
     for row in datasets.values():
-        for name in ("log_loss", "auc", "eer", "accuracy", "calibration_error", "sharpness_auc"):
+        for name in evaluate.NUMBERS:
             low, high = row[f"{name}_95"]
             assert low <= row[name] <= high or name == "calibration_error", name
+        assert row["auc_above_sharpness"] == pytest.approx(row["auc"] - row["sharpness_auc"])
         assert row["threshold"] == 0.5
         assert row["pairs"] == row["fake"], "each fake knows its original"
 
@@ -267,7 +268,7 @@ def test_what_cannot_be_exported_leaves_nothing(
 ) -> None:
     out = tmp_path / "bundle"
     evaluation = report[1] / "evaluation.json"
-    with pytest.raises(ExportError, match=r"evaluation\.json: the evaluation is of other checkpoints \(a, b\)"):
+    with pytest.raises(TrainingError, match=r"evaluation\.json: the evaluation is of other checkpoints \(a, b\)"):
         export.export(checkpoints[:1], out, faces=faces, videos=[video], evaluation=evaluation)
     with pytest.raises(
         ExportError, match=r"the engine is checked on a video, and these faces are of photos or of videos"
@@ -299,6 +300,15 @@ def test_members_of_different_bundles(checkpoints: list[Path], tmp_path: Path) -
 def test_no_evaluation(tmp_path: Path, checkpoints: list[Path]) -> None:
     trained = [evaluate.load_trained(p) for p in checkpoints]
     (tmp_path / "e.json").write_text("{}")
-    with pytest.raises(ExportError, match=r"e\.json: this is no evaluation of training\.evaluate"):
-        export.read_evaluation(tmp_path / "e.json", trained)
-    assert export.read_evaluation(None, trained) == (Calibration(), {})
+    with pytest.raises(TrainingError, match=r"e\.json: this is no evaluation of training\.evaluate"):
+        evaluate.read_evaluation(tmp_path / "e.json", trained)
+
+
+def test_the_calibration_of_another_evaluation(
+    checkpoints: list[Path], faces: Path, report: tuple[dict, Path], tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    given = report[1] / "evaluation.json"
+    found = evaluate.evaluate(checkpoints, faces, tmp_path, split="val", calibration=given)
+    assert found["calibration"] == report[0]["calibration"]
+    assert not found["calibrated_on_the_same_videos"]

@@ -18,7 +18,7 @@ from dfengine.bundle import AudioSettings
 from dfengine.errors import OptionError
 from training.checkpoint import read_tensors
 from training.errors import CheckpointError, WeightsError
-from training.models import LstmSettings, ModelSettings, Network, ReluLstm, make_network
+from training.models import LstmSettings, ModelSettings, Network, ReluLstm, WithDetail, make_network
 
 AUDIO = AudioSettings(seconds=0.5)
 SMALL = {"input_hw": (32, 32)}
@@ -49,6 +49,21 @@ def test_a_backbone_with_a_head(settings: dict, features: int) -> None:
     assert network.head[2].in_features == features
     assert network(torch.rand(3, 3, *network.settings.input_hw)).shape == (3, 1)
     assert network.settings.kind == "frame"
+
+
+def test_face_net_is_given_fine_detail() -> None:
+    with_detail = WithDetail()
+    flat = torch.full((1, 3, 32, 32), 0.3)
+    assert with_detail(flat).shape == (1, 6, 32, 32)
+    torch.testing.assert_close(with_detail(flat)[:, 3:], torch.zeros(1, 3, 32, 32), rtol=0, atol=1e-6)
+    ramp = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
+    assert with_detail(ramp)[:, 3:, :, 2:-2].abs().max() < 1e-5, "what changes evenly is no detail"
+    noise = 0.02 * torch.rand(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        both = with_detail(flat + noise)
+    torch.testing.assert_close(both, with_detail(flat + noise), rtol=0, atol=0, msg="never in bfloat16")
+    assert both[:, 3:].std() > 4 * noise.std()
+    torch.testing.assert_close(both[:, :3], flat + noise)
 
 
 def test_max_and_average_pooling_differ() -> None:

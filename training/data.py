@@ -46,6 +46,9 @@ MASK_STRIDE = 16
 # around it: room to be turned, shifted and cropped with jitter.
 CANVAS_ZOOM, CANVAS_ROOM = 1.25, 0.25
 
+# Around the crop: more than the widest filter of the augmentation sees, so that its borders do not show.
+TRIM_PX = 12
+
 # So that a set of photos is read once and not in every epoch: 1,500 faces for an input of 144 px.
 CACHE_BYTES = 256 << 20
 
@@ -337,6 +340,8 @@ class Batches:
                 masks.append(crop_masks(mask, torch.from_numpy(face_boxes), self.spec, self._mask_hw).mean(dim=0))
             else:
                 masks.append(torch.full((1, *self._mask_hw), mask))
+            if self.training:
+                pictures, face_boxes = _trim(pictures, face_boxes, self.spec)
             stored, face_boxes = augment_pixels(pictures, face_boxes, self.augment, rng, severity=severity)
             images += stored
             boxes.append(face_boxes)
@@ -439,6 +444,14 @@ def _canvas_spec(spec: ModelSpec) -> ModelSpec:
     margin = spec.margin_ratio + CANVAS_ROOM
     side = 2 * round(face_px * (1 + margin) / 2)  # 4:2:0 wants even sides
     return ModelSpec(name="canvas", file="", sha256="", input_hw=(side, side), margin_ratio=margin)
+
+
+def _trim(pictures: Sequence[NDArray[np.uint8]], boxes: F32, spec: ModelSpec) -> tuple[list[NDArray[np.uint8]], F32]:
+    """Leaves away what no crop will show, before every step of the augmentation is paid for it by the pixel."""
+    wide = crop_boxes(boxes, spec)
+    x1, y1 = np.maximum(np.floor(wide[:, :2].min(axis=0)) - TRIM_PX, 0).astype(int)
+    x2, y2 = (np.ceil(wide[:, 2:].max(axis=0)) + TRIM_PX).astype(int)
+    return [np.ascontiguousarray(p[y1:y2, x1:x2]) for p in pictures], boxes - np.float32([x1, y1, x1, y1])
 
 
 def _fill_landmarks(faces: FaceTable) -> F32:

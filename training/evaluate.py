@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from dfengine.aggregate import judge, sigmoid
 from dfengine.audio import load_log_mel
-from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec
+from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec, from_plain
 from dfengine.errors import DfengineError
 from dfengine.types import F32, F64, I64, Tracks
 
@@ -376,8 +376,12 @@ def evaluate(
     split: str = "test",
     threshold: float = THRESHOLD,
     device: str = "cpu",
+    calibration: Path | None = None,
 ) -> dict[str, Any]:
-    """What the command does; returns the content of evaluation.json."""
+    """What the command does; returns the content of evaluation.json.
+
+    ``calibration``: an evaluation.json of the same checkpoints whose temperature and bias are taken.
+    """
     table = FaceTable.load(faces)
     trained = [load_trained(path, device) for path in checkpoints]
     bundle = make_bundle(trained, [t.spec for t in trained])
@@ -386,29 +390,40 @@ def evaluate(
         found = {t.name: predict(t.network, make_evaluation_batches(table, t, name, device).epoch(0)) for t in trained}
         return score_videos(table.split(name).faces, found, bundle)
 
-    validation = score("val")
-    fitted_on = (
-        f"validation split: {int((validation.label == 0).sum())} real, {int(validation.label.sum())} fake videos"
-    )
-    calibration = fit_calibration(validation.logit, validation.label, fitted_on)
-    scored = validation if split == "val" else score(split)
-    report = make_report(trained, table.split(split), scored, calibration, threshold=threshold)
-    write_report(report, scored, calibration, out)
+    scored = score(split)
+    if calibration is not None:
+        fitted, _ = read_evaluation(calibration, trained)
+    else:
+        validation = scored if split == "val" else score("val")
+        reals, fakes = (int((validation.label == label).sum()) for label in (0, 1))
+        fitted_on = f"validation split: {reals} real, {fakes} fake videos"
+        fitted = fit_calibration(validation.logit, validation.label, fitted_on)
+    same = split == "val" and calibration is None
+    report = make_report(trained, table.split(split), scored, fitted, threshold=threshold, same=same)
+    write_report(report, scored, fitted, out)
     return report
 
 
 def make_report(
-    trained: Sequence[Trained], part: FaceTable, scored: Scored, calibration: Calibration, *, threshold: float
+    trained: Sequence[Trained],
+    part: FaceTable,
+    scored: Scored,
+    calibration: Calibration,
+    *,
+    threshold: float = THRESHOLD,
+    same: bool,
 ) -> dict[str, Any]:
-    """The content of evaluation.json. ``part``: the rows of the split that ``scored`` is of."""
-    split = str(part.split_name[0])
+    """The content of evaluation.json.
+
+    ``part``: the rows of the split that ``scored`` is of; ``same``: that ``calibration`` was fitted on these scores.
+    """
     failed = part[np.array([f is not None for f in part.failure], bool)]
     failures = dict(zip(failed.path, failed.dataset, strict=True))
     return {
         "checkpoints": {t.name: t.sha256 for t in trained},
-        "split": split,
+        "split": str(part.split_name[0]),
         "calibration": {k: getattr(calibration, k) for k in ("temperature", "bias", "fitted_on")},
-        "calibrated_on_the_same_videos": split == "val",
+        "calibrated_on_the_same_videos": same,
         "by_dataset": measure_by_dataset(scored, calibration, failures, threshold),
         "not_scored": part.failures,
     }
@@ -427,6 +442,24 @@ def write_report(report: Mapping[str, Any], scored: Scored, calibration: Calibra
             writer.writerow([video, int(label), source, dataset, *(f"{v:.6f}" for v in values)])
     draw_roc(scored, out / "roc.png")
     draw_reliability(scored, calibration, out / "reliability.png")
+
+
+def read_evaluation(path: Path, trained: Sequence[Trained]) -> tuple[Calibration, dict[str, Any]]:
+    """The calibration in an evaluation.json and all of its content. Raises TrainingError."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        checkpoints, calibration = report["checkpoints"], from_plain(Calibration, report["calibration"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"this is no evaluation of training.evaluate or training.heldout ({error!r})", path=path
+        ) from None
+    if checkpoints != {t.name: t.sha256 for t in trained}:
+        raise TrainingError(
+            f"the evaluation is of other checkpoints ({', '.join(checkpoints)}) than those that are given; evaluate "
+            "these",
+            path=path,
+        )
+    return calibration, report
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -455,12 +488,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--faces", type=Path, required=True, help="what training.faces wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", default="test", choices=["val", "test"])
+    parser.add_argument(
+        "--calibration", type=Path, help="evaluation.json to take it from, instead of fitting it on the split val"
+    )
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="of accuracy, on the calibrated p_fake")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     try:
         report = evaluate(
-            args.checkpoints, args.faces, args.out, split=args.split, threshold=args.threshold, device=args.device
+            args.checkpoints,
+            args.faces,
+            args.out,
+            split=args.split,
+            threshold=args.threshold,
+            device=args.device,
+            calibration=args.calibration,
         )
     except DfengineError as error:
         sys.exit(f"error: {error}")

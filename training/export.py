@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import datetime
 import hashlib
-import json
 import sys
 import tempfile
 import warnings
@@ -22,13 +21,21 @@ import numpy as np
 import torch
 
 from dfengine.aggregate import sigmoid
-from dfengine.bundle import Bundle, Calibration, ModelSpec, from_plain, to_json
+from dfengine.bundle import Bundle, Calibration, ModelSpec, to_json
 from dfengine.engine import Engine
 from dfengine.errors import DfengineError
 from dfengine.runtime import CpuDevice
 
 from .errors import ExportError
-from .evaluate import Trained, load_trained, make_bundle, make_evaluation_batches, predict, score_videos
+from .evaluate import (
+    Trained,
+    load_trained,
+    make_bundle,
+    make_evaluation_batches,
+    predict,
+    read_evaluation,
+    score_videos,
+)
 from .faces import ExtractSettings, extract
 from .table import FaceTable
 
@@ -37,6 +44,7 @@ MAX_LOGIT_DIFFERENCE = 1e-3  # float32 sums in another order differ by about 1e-
 MAX_P_DIFFERENCE = 1e-3
 CHECKED_BATCHES = 2  # of crops or clips
 CHECKED_VIDEOS = 2
+KEPT_OF_EVALUATION = ("split", "by_dataset", "calibrated_on_the_same_videos", "levels", "false_positives")
 
 
 def export(
@@ -55,7 +63,10 @@ def export(
     trained = [load_trained(path) for path in checkpoints]
     table = FaceTable.load(faces)
     videos = list(videos) or find_videos(table)
-    calibration, measured = read_evaluation(evaluation, trained)
+    calibration, measured = Calibration(), {}
+    if evaluation is not None:
+        calibration, report = read_evaluation(evaluation, trained)
+        measured = {"held_out": {k: report[k] for k in KEPT_OF_EVALUATION if k in report}}
     if out.exists() and not (out / "bundle.json").is_file():
         raise ExportError("there is something that is no bundle; give another folder", path=out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,10 +96,11 @@ def write_onnx(trained: Trained, folder: Path) -> ModelSpec:
         inputs["log_mel"] = torch.zeros(2, spec.audio.bands, spec.audio.frames)
     with warnings.catch_warnings():
         # The new exporter writes opset 18 and converts downwards; the old one writes opset 17 itself, and its file
-        # holds the weights. torch warns that it will go away, and that an LSTM may not take other batch sizes: that it
-        # does is checked below.
+        # holds the weights. torch warns that it will go away, that the sizes of a padding are computed anew in each
+        # call, and that an LSTM may not take other batch sizes: that it does is checked below.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
         warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size other than 1", UserWarning)
         torch.onnx.export(
             network,
@@ -188,26 +200,6 @@ def find_videos(table: FaceTable) -> list[Path]:
             path=table.folder,
         )
     return videos[:CHECKED_VIDEOS]
-
-
-def read_evaluation(path: Path | None, trained: Sequence[Trained]) -> tuple[Calibration, dict[str, Any]]:
-    if path is None:
-        return Calibration(), {}
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        checkpoints, calibration = report["checkpoints"], from_plain(Calibration, report["calibration"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ExportError(
-            f"this is no evaluation of training.evaluate or training.heldout ({error!r})", path=path
-        ) from None
-    if checkpoints != {t.name: t.sha256 for t in trained}:
-        raise ExportError(
-            f"the evaluation is of other checkpoints ({', '.join(checkpoints)}) than those to export; run "
-            "training.evaluate on these",
-            path=path,
-        )
-    keys = ("split", "by_dataset", "calibrated_on_the_same_videos", "levels", "false_positives")
-    return calibration, {"held_out": {k: report[k] for k in keys if k in report}}
 
 
 def describe(trained: Sequence[Trained], measured: dict[str, Any]) -> dict[str, Any]:
