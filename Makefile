@@ -43,14 +43,19 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.soak --videos $(VIDEOS)
 	$(BIN)/python scripts/update_readme.py
 
-# The default bundle, from photos alone: make train-default PHOTOS=path/to/portraits (see training/README.md).
+# The default bundle, from photos alone: make train-default PHOTOS=path/to/portraits (see training/README.md). The same
+# command goes on where it was stopped. OPTIONS="--set train.epochs=1" and the like change the recipe.
+RUNS ?= runs
+BUNDLE ?= dfengine/bundles/default
 train-default: $(VENV)/dev.stamp
-	$(BIN)/python -m training.faces $(PHOTOS) --out runs/faces --split identity:0.15:0.15
-	$(BIN)/python -m training.train training/recipes/default.toml --faces runs/faces --out runs/default --resume
-	$(BIN)/python -m training.evaluate runs/default/best.safetensors --faces runs/faces --out runs/default/evaluation
+	$(BIN)/python -m training.faces $(PHOTOS) --out $(RUNS)/faces --split identity:0.06:0.09
+	$(BIN)/python -m training.train training/recipes/default.toml --faces $(RUNS)/faces --out $(RUNS)/default \
+	  --resume $(OPTIONS)
+	$(BIN)/python -m training.heldout $(RUNS)/default/face144_?/best.safetensors --faces $(RUNS)/faces \
+	  --out $(RUNS)/default/evaluation
 	$(BIN)/python scripts/make_demo.py build/demo.mp4
-	$(BIN)/python -m training.export runs/default/best.safetensors --faces runs/faces --video build/demo.mp4 \
-	  --evaluation runs/default/evaluation/evaluation.json --out dfengine/bundles/default
+	$(BIN)/python -m training.export $(RUNS)/default/face144_?/best.safetensors --faces $(RUNS)/faces \
+	  --video build/demo.mp4 --evaluation $(RUNS)/default/evaluation/evaluation.json --out $(BUNDLE)
 
 clean:
 	rm -rf build $(VENV)

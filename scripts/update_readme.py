@@ -117,22 +117,19 @@ def ops_table(result: dict[str, Any]) -> str:
 
 def default_note(bundle: dict[str, Any]) -> str:
     held_out = bundle["provenance"]["held_out"]
-    ranges = {
-        (fakes, what): "{:.2f} to {:.2f}".format(*minmax([row[what] for row in held_out[fakes].values()]))
-        for fakes in ("self_blended", "swap")
-        for what in ("auc", "sharpness_auc")
-    }
+    cells, levels = held_out["by_dataset"], held_out["levels"]
+
+    def between(family: str) -> str:
+        auc, sharp = ([cells[f"{family} {level}"][k] for level in levels] for k in ("auc", "sharpness_auc"))
+        return f"{min(auc):.2f} to {max(auc):.2f} ({min(sharp):.2f} to {max(sharp):.2f})"
+
     return (
-        f"  On {held_out['people']} people it had not seen, at three levels of compression, it tells a real face from "
-        f"a self-blended one\n  with an AUC of {ranges['self_blended', 'auc']} (sharpness of the crop alone: "
-        f"{ranges['self_blended', 'sharpness_auc']}), and from a swapped one with {ranges['swap', 'auc']}\n"
-        f"  (sharpness alone: {ranges['swap', 'sharpness_auc']}); .5 is chance. "
-        "All numbers: [training/README.md](training/README.md)."
+        f"  On {cells['self_blended L1']['sources']} people it had not seen, at three levels of compression, it tells a "
+        "real face from a fake one with these AUCs\n  (what the sharpness of the crop alone would reach in brackets; "
+        f".5 is chance): self-blended {between('self_blended')},\n  swapped {between('swap')}; and of two kinds that it "
+        f"did not learn from, redrawn by an\n  autoencoder {between('autoencoder')}, grafted without a seam "
+        f"{between('graft')}.\n  All numbers: [docs/model_card.md](docs/model_card.md)."
     )
-
-
-def minmax(values: list[float]) -> tuple[float, float]:
-    return min(values), max(values)
 
 
 def bound_table(result: dict[str, Any]) -> str:
