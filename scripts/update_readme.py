@@ -123,12 +123,15 @@ def default_note(bundle: dict[str, Any]) -> str:
         auc, sharp = ([cells[f"{family} {level}"][k] for level in levels] for k in ("auc", "sharpness_auc"))
         return f"{min(auc):.2f} to {max(auc):.2f} ({min(sharp):.2f} to {max(sharp):.2f})"
 
-    return (
-        f"  On {cells['self_blended L1']['sources']} people it had not seen, at three levels of compression, it tells a "
-        "real face from a fake one with these AUCs\n  (what the sharpness of the crop alone would reach in brackets; "
-        f".5 is chance): self-blended {between('self_blended')},\n  swapped {between('swap')}; and of two kinds that it "
-        f"did not learn from, redrawn by an\n  autoencoder {between('autoencoder')}, grafted without a seam "
-        f"{between('graft')}.\n  All numbers: [docs/model_card.md](docs/model_card.md)."
+    return "\n".join(
+        [
+            f"  On fakes made of photos of {cells['self_blended L1']['sources']} people it had not seen, at {len(levels)}",
+            "  levels of compression and light, its AUC is (in brackets, what the sharpness of the crop alone would",
+            f"  reach; .5 is chance) {between('self_blended')} for self-blended images,",
+            f"  {between('swap')} for swaps, and for two kinds that it did not learn from,",
+            f"  {between('autoencoder')} for faces redrawn by an autoencoder and {between('graft')}",
+            "  for faces grafted without a seam. All numbers: [docs/model_card.md](docs/model_card.md).",
+        ]
     )
 
 

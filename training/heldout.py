@@ -1,7 +1,7 @@
 """Measures networks that learned from photos on photos of people they have not seen:
 ``python -m training.heldout RUN/best.safetensors... --faces DIR --out DIR``.
 
-Each photo becomes a real picture and a fake of it, of four families, at three fixed levels of degradation (LEVELS). Two
+Each photo becomes a real picture and a fake of it, of four families, at fixed levels of degradation (LEVELS). Two
 families are what training.fakes makes. The other two are made in other ways and in evaluation only, since what a
 network reaches on the fakes it was trained on mostly says how well it knows their generator:
 
@@ -83,9 +83,15 @@ class Level:
     face_px: float
     codec: Literal["jpeg", "h264"]
     quality: int  # JPEG's quality, H.264's CRF
+    light: float = 1.0  # what pixels are multiplied with before
 
 
-LEVELS = {"L1": Level(150, "jpeg", 90), "L2": Level(150, "h264", 28), "L3": Level(75, "h264", 38)}
+LEVELS = {
+    "L1": Level(150, "jpeg", 90),
+    "L2": Level(150, "h264", 28),
+    "L3": Level(75, "h264", 38),
+    "dark": Level(150, "h264", 28, light=0.3),  # about a tenth of the light, at a gamma of 2
+}
 
 
 # -- fakes that training never sees ------------------------------------------------------------------------------------
@@ -305,7 +311,7 @@ class HeldOut:
 def degrade(picture: Tensor, box: F32, level: Level) -> tuple[Image, F32]:
     """One picture (3, H, W) in 0..1, and its face box (4,), as they are at a level."""
     x, boxes = downscale(picture[None], box[None], level.face_px)
-    rgb = (x * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    rgb = (x * (255 * level.light)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
     if level.codec == "jpeg":
         return Image.from_rgb(through_jpeg(rgb[0], level.quality)), boxes[0]
     return through_h264(rgb, level.quality)[0], boxes[0]
