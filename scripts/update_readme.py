@@ -118,6 +118,7 @@ def ops_table(result: dict[str, Any]) -> str:
 def default_note(bundle: dict[str, Any]) -> str:
     held_out = bundle["provenance"]["held_out"]
     cells, levels = held_out["by_dataset"], held_out["levels"]
+    people = cells["self_blended L1"]["sources"]
 
     def between(family: str) -> str:
         auc, sharp = ([cells[f"{family} {level}"][k] for level in levels] for k in ("auc", "sharpness_auc"))
@@ -125,7 +126,7 @@ def default_note(bundle: dict[str, Any]) -> str:
 
     return "\n".join(
         [
-            f"  On fakes made of photos of {cells['self_blended L1']['sources']} people it had not seen, at {len(levels)}",
+            f"  On fakes made of photos of {people} people it had not seen, at {len(levels)}",
             "  levels of compression and light, its AUC is (in brackets, what the sharpness of the crop alone would",
             f"  reach; .5 is chance) {between('self_blended')} for self-blended images,",
             f"  {between('swap')} for swaps, and for two kinds that it did not learn from,",

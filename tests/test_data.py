@@ -184,6 +184,23 @@ def test_only_what_the_crop_shows_is_augmented(table: FaceTable) -> None:
     np.testing.assert_allclose(part, whole, rtol=0, atol=1e-4)
 
 
+def test_pairs_of_evaluation_are_degraded_alike_every_time(table: FaceTable) -> None:
+    no_fakes = table[table.label == 0]
+    ramped = replace(ALL, ramp_epochs=100.0)
+    (clean,), (plain,), (again,) = (
+        make(no_fakes, augment, PAIRS, split="val", batch=100).epoch(0) for augment in (PLAIN, ramped, ramped)
+    )
+    assert plain.y.tolist() == clean.y.tolist() == [0.0, 1.0] * 6, "nothing is mixed"
+    torch.testing.assert_close(plain.x, again.x, rtol=0, atol=0)
+    assert (plain.x - clean.x).abs().mean() > 0.02
+    pairs = plain.x.unflatten(0, (-1, 2))
+    within, across = (pairs[:, 0] - pairs[:, 1]).abs().mean(), (pairs[:, 0] - pairs[:, 1].roll(1, 0)).abs().mean()
+    assert within < 0.7 * across, "a real and its fake have been through the same"
+    (labelled,) = make(table, ALL, PAIRS, split="val", batch=100).epoch(0)
+    (bare,) = make(table, PLAIN, PAIRS, split="val", batch=100).epoch(0)
+    torch.testing.assert_close(labelled.x, bare.x, rtol=0, atol=0, msg="what has fakes is evaluated as it is")
+
+
 def test_labelled_fakes_fill_the_rest_and_their_masks_are_unknown(table: FaceTable) -> None:
     batches = make(table, fakes=SOME, per_video=4)
     kinds = Counter()

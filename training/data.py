@@ -112,7 +112,8 @@ class Batches:
 
     ``split`` "train" is trained on; any other, or ``training=False``, is evaluated: every face (or clip) in the order
     of the table, once, nothing augmented, also if the last batch is short. If the split holds no fake and
-    ``fakes.ratio`` is above 0, each face is followed by its pseudo-fake; they depend on ``seed`` alone.
+    ``fakes.ratio`` is above 0, each face is followed by its pseudo-fake, and both go through one camera and codec, at
+    full strength: on clean pictures a network that saw few others looks best. All of that depends on ``seed`` alone.
 
     Process ``rank`` of ``world`` gets rows rank, rank + world, ... of every batch (where that leaves any).
 
@@ -140,7 +141,6 @@ class Batches:
         self.training = split == "train" if training is None else training
         self.faces = table.split(split).faces
         self.spec, self.data, self.fakes = spec, data, fakes
-        self.augment = augment if self.training else AugmentSettings()
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         self.device = torch.device(device)
         self.audio = audio
@@ -150,6 +150,7 @@ class Batches:
         self._real = [p for p, label in self._labels.items() if label == 0]
         self._fake = [p for p, label in self._labels.items() if label == 1]
         self._makes_fakes = fakes.ratio > 0 and (self.training or not self._fake)
+        self.augment = augment if self.training or self._makes_fakes else AugmentSettings()
         self._landmarks = _fill_landmarks(self.faces)
         self._donors = np.flatnonzero(self.faces.label == 0)
         self._canvas = _canvas_spec(spec)
@@ -320,7 +321,7 @@ class Batches:
         if not share:
             return None
         severity = 1.0
-        if self.augment.ramp_epochs > 0:
+        if self.training and self.augment.ramp_epochs > 0:
             severity = min(1.0, (epoch + number / len(self)) / self.augment.ramp_epochs)
         pairs = self._make_pairs(share)
         images: list[Image] = []
@@ -340,7 +341,7 @@ class Batches:
                 masks.append(crop_masks(mask, torch.from_numpy(face_boxes), self.spec, self._mask_hw).mean(dim=0))
             else:
                 masks.append(torch.full((1, *self._mask_hw), mask))
-            if self.training:
+            if self.training or self._makes_fakes:
                 pictures, face_boxes = _trim(pictures, face_boxes, self.spec)
             stored, face_boxes = augment_pixels(pictures, face_boxes, self.augment, rng, severity=severity)
             images += stored
@@ -360,7 +361,7 @@ class Batches:
             [self.faces.source_id[s.rows[0]] for s in share],
             np.stack([s.rows for s in share]),
         )
-        if self.augment.mixes:
+        if self.training and self.augment.mixes:
             places = range(self.rank, self.batch, self.world)
             draws = Draws([(self.seed, epoch, 4, number, place) for place in places])
             batch = replace(batch, **mix(batch.x, batch.audio, batch.y, batch.weight, batch.mask, self.augment, draws))
