@@ -136,6 +136,36 @@ def default_note(bundle: dict[str, Any]) -> str:
     )
 
 
+FAMILIES = {
+    "self_blended": "self-blended",
+    "swap": "swap",
+    "autoencoder": "autoencoder (unseen)",
+    "graft": "graft (unseen)",
+}
+
+
+def held_out_table(bundle: dict[str, Any]) -> str:
+    held_out = bundle["provenance"]["held_out"]
+    lines = ["| fakes | level | AUC | sharpness | difference | pairs in order |", "|---" * 6 + "|"]
+    cells = {(name, level): f"{key} {level}" for key, name in FAMILIES.items() for level in held_out["levels"]}
+    for (name, level), key in [*cells.items(), (("all", "all"), "all datasets pooled")]:
+        row = held_out["by_dataset"][key]
+        numbers = [
+            "{:{sign}.2f} ({:{sign}.2f} to {:{sign}.2f})".format(row[k], *row[f"{k}_95"], sign=sign)
+            for k, sign in (("auc", ""), ("sharpness_auc", ""), ("auc_above_sharpness", "+"))
+        ]
+        lines.append(f"| {name} | {level} | {' | '.join(numbers)} | {100 * row['pair_accuracy']:.0f} % |")
+    return "\n".join(lines)
+
+
+def false_positives_table(bundle: dict[str, Any]) -> str:
+    held_out = bundle["provenance"]["held_out"]
+    lines = [f"| photos | {' | '.join(held_out['levels'])} |", "|---" * (1 + len(held_out["levels"])) + "|"]
+    for name, row in held_out["false_positives"].items():
+        lines.append(f"| {name} | {' | '.join(f'{100 * row[level]:.0f} %' for level in held_out['levels'])} |")
+    return "\n".join(lines)
+
+
 def bound_table(result: dict[str, Any]) -> str:
     lines = [
         "| network | mode | decode, CPU s | networks, CPU s | bound, s/video | measured | share |",
@@ -187,6 +217,7 @@ def stages_table(result: dict[str, Any]) -> str:
 
 
 RESULTS = ROOT / "benchmarks/results"
+DEFAULT = ROOT / "dfengine/bundles/default/bundle.json"
 # File -> marker -> where its numbers are, and what draws them.
 PAGES: dict[Path, dict[str, tuple[Path, Callable[[dict[str, Any]], str]]]] = {
     ROOT / "README.md": {
@@ -194,11 +225,15 @@ PAGES: dict[Path, dict[str, tuple[Path, Callable[[dict[str, Any]], str]]]] = {
         "kaggle": (RESULTS / "kaggle.json", kaggle_table),
         "ops": (RESULTS / "ops.json", ops_table),
         "gpu": (RESULTS / "gpu_engine.json", gpu_engine_table),
-        "default": (ROOT / "dfengine/bundles/default/bundle.json", default_note),
+        "default": (DEFAULT, default_note),
     },
     ROOT / "docs/performance.md": {
         "bound": (RESULTS / "engine.json", bound_table),
         "stages": (RESULTS / "stages.json", stages_table),
+    },
+    ROOT / "docs/model_card.md": {
+        "held_out": (DEFAULT, held_out_table),
+        "false_positives": (DEFAULT, false_positives_table),
     },
 }
 
