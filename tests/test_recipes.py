@@ -19,7 +19,14 @@ from training import evaluate, export, faces, train
 RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.toml"))
 
 # The one override, for all of them: no weights are fetched, and sizes are those of a test.
-TINY = ("model.pretrained=false", "model.input_hw=[80, 80]", "train.epochs=1", "train.batch=2", "data.workers=0")
+TINY = (
+    "model.pretrained=false",
+    "model.input_hw=[80, 80]",
+    "train.epochs=1",
+    "train.batch=2",
+    "fakes.views=1",
+    "data.workers=0",
+)
 
 
 @pytest.fixture(scope="module")
