@@ -47,7 +47,6 @@ from .evaluate import (
     make_bundle,
     make_report,
     make_tracks,
-    print_report,
     sharpness,
     write_report,
 )
@@ -72,6 +71,7 @@ from .table import FaceTable
 
 VIEWS = 2  # pairs that are made of each photo, for each family
 BATCH = 16
+PRINTED = ("auc", "sharpness_auc", "auc_above_sharpness")
 # Faces have 150 px in the canvas of this network's input, whatever the measured networks take.
 SPEC = ModelSpec(name="held out", file="", sha256="", input_hw=(144, 144), margin_ratio=0.2)
 
@@ -400,7 +400,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = evaluate(args.checkpoints, args.faces, args.out, split=args.split)
     except DfengineError as error:
         sys.exit(f"error: {error}")
-    print_report(report)
+    print(f"{'split ' + report['split']:24} {'AUC':24} {'of sharpness':24} difference, with 95 % intervals over people")
+    for name, row in report["by_dataset"].items():
+        cells = (f"{row[k]:.3f} ({row[k + '_95'][0]:.3f} to {row[k + '_95'][1]:.3f})" for k in PRINTED)
+        print(f"{name:24}", *(f"{cell:24}" for cell in cells))
+    fitted = report["calibration"]
+    print(f"temperature {fitted['temperature']:.3f}, bias {fitted['bias']:+.3f}: {fitted['fitted_on']}")
 
 
 if __name__ == "__main__":
