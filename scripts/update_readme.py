@@ -126,8 +126,8 @@ def default_note(bundle: dict[str, Any]) -> str:
 
     return "\n".join(
         [
-            f"  On fakes made of photos of {people} people it had not seen, from good pictures to small, hard compressed",
-            "  or dark ones, its AUC is (in brackets, what the sharpness of the crop alone would reach; .5 is chance)",
+            f"  On fakes made of photos of {people} people it had not seen, on good and on small, hard compressed",
+            "  or dark pictures, its AUC is (in brackets, what the sharpness of the crop alone reaches; .5 is chance)",
             f"  {between('self_blended')} for self-blended images,",
             f"  {between('swap')} for swaps, and for two kinds that it did not learn from,",
             f"  {between('autoencoder')} for faces redrawn by an autoencoder and {between('graft')}",
