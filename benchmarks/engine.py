@@ -112,10 +112,10 @@ def measure_bound(mode: str, folder: Path, videos: list[Path], rounds: int) -> d
     nets = 0.0
     run = OpenVinoSession.run
 
-    def counted(self: OpenVinoSession, batch: Any) -> Any:
+    def counted(self: OpenVinoSession, *inputs: Any) -> Any:
         nonlocal nets
         started = time.perf_counter()
-        result = run(self, batch)
+        result = run(self, *inputs)
         nets += time.perf_counter() - started
         return result
 

@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused(gpu: FakeGpu, tmp_path: Path, inputs: list
 
 def test_a_size_beyond_the_profile_is_refused(gpu: FakeGpu, tmp_path: Path) -> None:
     (ex,), _ = make_trt(gpu, tmp_path, "mtcnn/pnet", max_batch=1)
-    with pytest.raises(InferenceError, match=r"\(3, 12, 12\) to \(3, 579, 579\); got float32 \(1, 3, 11, 700\)"):
+    with pytest.raises(InferenceError, match=r"\(3, 12, 12\) to \(3, 965, 965\); got float32 \(1, 3, 11, 700\)"):
         run(gpu, ex, [np.zeros((1, 3, 11, 700))])
 
 
@@ -247,7 +247,7 @@ def test_a_full_gpu_takes_the_memory_of_other_shapes_first(gpu: FakeGpu, tmp_pat
             other._trim()
         gpu.fake.memory_bytes = gpu.allocated_bytes  # not a byte is left
         assert ex.run([(x,)], [])[0].shape == (1, 50, 50)
-        with pytest.raises(DeviceMemoryError, match=r"the GPU has no room for 1 MiB: 0 of \d MiB are free; lower"):
+        with pytest.raises(DeviceMemoryError, match=r"the GPU has no room for 1 MiB: 0 of \d+ MiB are free; lower"):
             ex.run([(large,)], [])
         assert ex.run([(x,)], [])[0].shape == (1, 50, 50)
 
