@@ -98,8 +98,8 @@ def test_the_same_batch_gives_the_same_numbers(
     gpu: Gpu, backend: str, cache_dir: Path, tmp_path: Path, close: list[Executor]
 ) -> None:
     """Plain, while it is captured and from the graph."""
-    (ex,) = make(gpu, "default/face144", backend, cache_dir, tmp_path, close, precision="fp16")
-    inputs = random_inputs(make_network_onnx("default/face144", tmp_path), rows=8)
+    (ex,) = make(gpu, "default/face144_a", backend, cache_dir, tmp_path, close, precision="fp16")
+    inputs = random_inputs(make_network_onnx("default/face144_a", tmp_path), rows=8)
     first = run(gpu, ex, inputs)[0]
     for _ in range(4):
         assert np.array_equal(run(gpu, ex, inputs)[0], first)
@@ -131,7 +131,7 @@ def test_p_net_takes_any_size(
 def test_threads_share_a_network(
     gpu: Gpu, backend: str, cache_dir: Path, tmp_path: Path, close: list[Executor]
 ) -> None:  # fmt: skip
-    name = "default/face144"
+    name = "default/face144_a"
     executors = make(gpu, name, backend, cache_dir, tmp_path, close, contexts=3)
     data = make_network_onnx(name, tmp_path)
     wrong: list[object] = []
