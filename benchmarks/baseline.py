@@ -13,8 +13,6 @@ from typing import Any
 import av
 import cv2
 import numpy as np
-import onnx
-import onnx2torch
 import PIL.Image
 import torch
 from facenet_pytorch import MTCNN
@@ -25,6 +23,7 @@ from dfengine.bundle import Bundle, ModelSpec
 from dfengine.crop import crop_boxes
 from dfengine.detect import Detector
 from dfengine.runtime import CpuDevice
+from dfengine.runtime.torch import to_module
 from dfengine.track import Linker, select
 from dfengine.types import F32, Faces, Frames, Image
 
@@ -51,8 +50,9 @@ class Baseline:
         self._bundle = bundle
         self._frames = frames
         self._min_face_px = min_face_px
+        # dfengine's conversion, for the few operators that onnx2torch lacks; in the layout of people's own models.
         self._nets = {
-            m.name: onnx2torch.convert(onnx.load_from_string(bundle.onnx_bytes(m))).eval().to(device)
+            m.name: to_module(bundle.onnx_bytes(m), m.name, device).to(memory_format=torch.contiguous_format)
             for m in bundle.members
         }
         self._mtcnn = MTCNN(keep_all=True, thresholds=list(bundle.detector.thresholds), device=device)
