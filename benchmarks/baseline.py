@@ -166,6 +166,11 @@ class _RgbImage(Image):
 class _RgbDetector(Detector):
     """The cascade fed by OpenCV."""
 
+    def _levels(self, images: Any, sizes_hw: list[tuple[int, int]], gain: float) -> list[F32]:
+        h, w = images[0].upright_hw
+        whole, order = np.tile(np.array([0, 0, w, h], np.float32), (len(images), 1)), np.arange(len(images))
+        return [self._crop(images, whole, order, hw, gain) for hw in sizes_hw]
+
     def _crop(self, images: Any, boxes: F32, image: Any, hw: tuple[int, int], gain: float) -> F32:
         pictures = [i.picture for i in images]
         out = np.empty((len(boxes), *hw, 3), np.float32)

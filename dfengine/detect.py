@@ -144,6 +144,10 @@ class Detector:
             images, boxes, image, out_hw=hw, mean=mean, std=std, resize="area", dtype=self._dtype, threads=self._threads
         )
 
+    def _levels(self, images: Sequence[Image], sizes_hw: list[tuple[int, int]], gain: float) -> Sequence[Any]:
+        mean, std = self._normalization(gain)
+        return pyramid(images, sizes_hw, mean=mean, std=std, resize="area", dtype=self._dtype, threads=self._threads)
+
     def _normalization(self, gain: float) -> tuple[Any, Any]:
         # Brightening by `gain` before normalising, (gain * x - mean) / std, costs nothing this way.
         mean, std = self._input.mean, self._input.std
@@ -182,11 +186,7 @@ class Detector:
         """P-Net over the pyramid: (image, square xyxy boxes)."""
         h, w = images[0].upright_hw
         scales = self._scales(h, w)
-        mean, std = self._normalization(gain)
-        levels = pyramid(
-            images, [(int(h * scale + 1), int(w * scale + 1)) for scale in scales],
-            mean=mean, std=std, resize="area", dtype=self._dtype, threads=self._threads,
-        )  # fmt: skip
+        levels = self._levels(images, [(int(h * scale + 1), int(w * scale + 1)) for scale in scales], gain)
         found: list[tuple[NDArray[np.int32], F32]] = []
         for scale, level in zip(scales, levels, strict=True):
             prob, shift = self._pnet.run(level)
