@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.engine import DFDC_CLIPS, FRAMES, difference
+from benchmarks.engine import DFDC_CLIPS, FRAMES, MODES, difference
 from benchmarks.harness import save
 from dfengine import Bundle, Engine
 from dfengine.decode import open_video
@@ -30,8 +30,6 @@ from dfengine.errors import DeviceError
 from dfengine.runtime import resolve_device
 from dfengine.sampling import Policy, parse_mode
 from dfengine.types import Frames, VideoScore
-
-MODES = ("exact", "reference", "keyframe")
 
 
 class Kept:

@@ -1,10 +1,10 @@
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine.types import Image
+from dfengine.types import Dtype, Image
 
 compiler: str
 cuda_architectures: tuple[int, ...]  # compute capabilities times ten; () where it was compiled without CUDA
@@ -19,7 +19,7 @@ def crop_resize(
     std: tuple[float, float, float],
     resize: str = "triangle",
     padding: str = "edge",
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Dtype = "float32",
     threads: int = 1,
 ) -> NDArray[np.floating]: ...
 def pyramid(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dfengine.bundle import ModelSpec
-from dfengine.kernels import Dtype, crop_resize
-from dfengine.types import F32, I64, Array, Crops, Image, Tracks
+from dfengine.kernels import crop_resize
+from dfengine.types import F32, I64, Array, Crops, Dtype, Image, Tracks
 
 
 def crop_boxes(boxes: F32, spec: ModelSpec) -> F32:

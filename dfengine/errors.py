@@ -44,6 +44,7 @@ __all__ = [
     "VideoTimeout",
     "WorkerCrashed",
     "display_path",
+    "first_line",
 ]
 
 
@@ -53,6 +54,11 @@ def display_path(path: str | PathLike[str]) -> str:
         return fsencode(path).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # no name of a file, but what JSON may hold: half of a surrogate pair
         return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, for a message of ours: its first line that is not empty, or its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class DfengineError(Exception):

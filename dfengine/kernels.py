@@ -6,16 +6,14 @@ Both come from one header (csrc/resample.h) and give the same numbers but for ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfengine import _kernels
 from dfengine.errors import InferenceError
-from dfengine.types import F32, Array, Image, on_device
-
-Dtype = Literal["float32", "float16"]
+from dfengine.types import F32, Array, Dtype, Image, on_device
 
 
 def crop_resize(

@@ -34,6 +34,7 @@ class DeviceMemory(Protocol):
 
 
 Array = NDArray[Any] | DeviceMemory
+Dtype = Literal["float32", "float16"]  # of network input
 
 
 def on_device(array: Array) -> TypeGuard[DeviceMemory]:

@@ -7,7 +7,7 @@ backbone, decoder pool, NVDEC video, lanes, batching.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from fake_cuda import FakeGpu, array_of
@@ -19,7 +19,7 @@ from dfengine.errors import DeviceMemoryError
 from dfengine.runtime import CpuDevice
 from dfengine.runtime.batching import BatchingSession, Outputs
 from dfengine.runtime.gpu import GpuDevice
-from dfengine.types import Image
+from dfengine.types import Dtype, Image
 
 
 def on_host(array: Any) -> np.ndarray:
@@ -71,7 +71,7 @@ class FakeGpuDevice(GpuDevice):
         self,
         gpu: FakeGpu | None = None,
         *,
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: Dtype = "float32",
         max_batch: int = 64,
         contexts: int = 2,
     ) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -95,21 +96,27 @@ def in_line(session: BatchingSession, count: int) -> None:
     raise AssertionError(f"{len(session._line)} wait, not {count}")
 
 
+@contextmanager
+def meeting(session: BatchingSession, executor: FakeExecutor, xs: list[np.ndarray]) -> Iterator[list[Future[Outputs]]]:
+    """The first caller's batch runs until all the others wait in line, in their order; gives the future of each."""
+    begun, go = hold(executor)
+    with ThreadPoolExecutor(len(xs)) as pool:
+        futures = [pool.submit(session.run, xs[0])]
+        assert begun.wait(WAIT_SECONDS)
+        for i, x in enumerate(xs[1:], 1):
+            futures.append(pool.submit(session.run, x))
+            in_line(session, i)
+        go.set()
+        yield futures
+
+
 def test_who_waits_is_served_together() -> None:
     executor = FakeExecutor(max_batch=8)
     session = BatchingSession("net", [executor])
-    begun, go = hold(executor)
     sizes = [2, 3, 3, 1, 5, 2]
     xs = [rows(n, at=100 * i) for i, n in enumerate(sizes)]
-    with ThreadPoolExecutor(len(xs)) as pool:
-        first = pool.submit(session.run, xs[0])
-        assert begun.wait(WAIT_SECONDS)
-        rest = []
-        for i, x in enumerate(xs[1:], 1):
-            rest.append(pool.submit(session.run, x))
-            in_line(session, i)
-        go.set()
-        for future, x in zip([first, *rest], xs, strict=True):
+    with meeting(session, executor, xs) as futures:
+        for future, x in zip(futures, xs, strict=True):
             check(future.result(WAIT_SECONDS), x)
     assert executor.batches[0] == [2]
     assert executor.batches[1] == [3, 3, 1]  # in the order they came, as many as fit...
@@ -120,15 +127,8 @@ def test_who_waits_is_served_together() -> None:
 def test_other_shapes_wait_for_their_own_batch() -> None:
     executor = FakeExecutor()
     session = BatchingSession("net", [executor])
-    begun, go = hold(executor)
     xs = [rows(1), rows(1, width=3), rows(1, width=5), rows(2, width=3)]
-    with ThreadPoolExecutor(len(xs)) as pool:
-        futures = [pool.submit(session.run, xs[0])]
-        assert begun.wait(WAIT_SECONDS)
-        for i, x in enumerate(xs[1:], 1):
-            futures.append(pool.submit(session.run, x))
-            in_line(session, i)
-        go.set()
+    with meeting(session, executor, xs) as futures:
         for future, x in zip(futures, xs, strict=True):
             check(future.result(WAIT_SECONDS), x)
     assert executor.batches == [[1], [1, 2], [1]]
@@ -165,15 +165,8 @@ def test_a_full_memory_costs_only_the_callers_that_do_not_fit() -> None:
     """Three share a batch; each is tried on its own."""
     executor = FakeExecutor(max_batch=8, room=3)
     session = BatchingSession("net", [executor])
-    begun, go = hold(executor)
     xs = [rows(1), rows(1, at=5), rows(3, at=50), rows(4, at=90)]
-    with ThreadPoolExecutor(len(xs)) as pool:
-        futures = [pool.submit(session.run, xs[0])]
-        assert begun.wait(WAIT_SECONDS)
-        for i, x in enumerate(xs[1:], 1):
-            futures.append(pool.submit(session.run, x))
-            in_line(session, i)
-        go.set()
+    with meeting(session, executor, xs) as futures:
         for future, x in zip(futures[:3], xs, strict=False):
             check(future.result(WAIT_SECONDS), x)
         with pytest.raises(DeviceMemoryError):

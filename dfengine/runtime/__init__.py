@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError, DeviceMemoryError, OptionError
-from dfengine.types import Array
+from dfengine.types import Array, Dtype
 
 __all__ = ["CpuDevice", "Device", "Session", "in_halves_if_need_be", "open_device", "resolve_device"]
 
@@ -37,7 +37,7 @@ class Device(Protocol):
 
     name: str  # "cpu" or "cuda:0"
     runtime: str  # what runs the networks there, its version, and why it was chosen over others if it was
-    dtype: Literal["float32", "float16"]  # of network input
+    dtype: Dtype  # of network input
     gpu: Any  # the dfengine.cuda.Gpu, None on the CPU
 
     def session(
@@ -61,7 +61,7 @@ class CpuDevice:
 
     def __init__(self) -> None:
         self.runtime = f"openvino {metadata.version('openvino')}"
-        self.dtype: Literal["float32", "float16"] = "float32"
+        self.dtype: Dtype = "float32"
         self.gpu = None
 
     def session(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,10 +81,7 @@ class BatchingSession:
             return self._nothing
         device = next((x for x in inputs if on_device(x)), None)
         ready = device.lane.record() if device is not None else None
-        requests = [
-            _Request(tuple(x[start : start + self.max_batch] for x in inputs), ready)  # type: ignore[index]
-            for start in range(0, count, self.max_batch)
-        ]
+        requests = _cut(inputs, ready, self.max_batch)
         with self._changed:
             self._line.extend(requests)
         for request in requests:
@@ -92,7 +89,7 @@ class BatchingSession:
         for request in requests:
             if request.error is not None:
                 raise request.error
-        return [np.concatenate(parts) for parts in zip(*(r.outputs or [] for r in requests), strict=True)]
+        return _join(r.outputs or [] for r in requests)
 
     def close(self) -> None:
         for executor in self._executors:
@@ -149,17 +146,22 @@ class BatchingSession:
     def _serve_in_pieces(self, executor: Executor, batch: list[_Request]) -> None:
         """Each caller's rows on their own, and no more than ``max_batch`` of them at a time."""
         for request in batch:
-            size = self.max_batch
-            pieces = [
-                _Request(tuple(x[start : start + size] for x in request.inputs), request.ready)  # type: ignore[index]
-                for start in range(0, request.rows, size)
-            ]
+            pieces = _cut(request.inputs, request.ready, self.max_batch)
             try:
-                outputs = [_execute(executor, [piece]) for piece in pieces]
+                request.outputs = _join(_execute(executor, [piece]) for piece in pieces)
             except (DeviceMemoryError, InferenceError) as error:
                 request.error = error
-            else:
-                request.outputs = [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _cut(inputs: tuple[Array, ...], ready: Any, size: int) -> list[_Request]:
+    """The rows of one caller, at most ``size`` at a time."""
+    starts = range(0, len(inputs[0]), size)
+    return [_Request(tuple(x[i : i + size] for x in inputs), ready) for i in starts]  # type: ignore[index]
+
+
+def _join(outputs: Iterable[Outputs]) -> Outputs:
+    """Outputs for some rows after the other -> those for all."""
+    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
 def _execute(executor: Executor, batch: list[_Request]) -> Outputs:

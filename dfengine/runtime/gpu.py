@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 from dfengine import _kernels
 from dfengine.bundle import Bundle, DetectorSettings
@@ -13,6 +12,7 @@ from dfengine.errors import DeviceError
 from dfengine.runtime.backends import choose_backend, limits, make_executors
 from dfengine.runtime.batching import BatchingSession
 from dfengine.runtime.executor import GpuPrecision
+from dfengine.types import Dtype
 
 # Execution contexts of each network: while one runs, the rows of the next batch are gathered. Chosen, not measured.
 CONTEXTS = 2
@@ -23,7 +23,7 @@ class GpuDevice:
 
     name: str
     runtime: str
-    dtype: Literal["float32", "float16"]
+    dtype: Dtype
     gpu: Gpu
 
     def __init__(self, *, ordinal: int = 0, precision: GpuPrecision = "fp16") -> None:

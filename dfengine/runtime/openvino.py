@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import Precision
-from dfengine.errors import InferenceError
+from dfengine.errors import InferenceError, first_line
 
 # What OpenVINO prepares for a shape of input it keeps, for 5,000 shapes and layers unless told: 400 sizes of pyramid
 # levels then cost 540 MB, with this limit 410. Videos of one size lose 3 % of CPU time by it.
@@ -64,7 +64,7 @@ class OpenVinoSession:
                 },
             )
         except RuntimeError as error:
-            raise InferenceError(f"network {name} cannot be compiled ({_first_line(error)})", stage="runtime") from None
+            raise InferenceError(f"network {name} cannot be compiled ({first_line(error)})", stage="runtime") from None
         self._any_size = any(d.is_dynamic for d in list(self._model.inputs[0].get_partial_shape())[1:])
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(self._streams):
@@ -104,7 +104,7 @@ class OpenVinoSession:
         except RuntimeError as error:
             got = ", ".join(str(x.shape) for x in inputs)
             raise InferenceError(
-                f"network {self.name} failed on a batch of shape {got} ({_first_line(error)})",
+                f"network {self.name} failed on a batch of shape {got} ({first_line(error)})",
                 stage="runtime",
             ) from None
         finally:
@@ -127,7 +127,3 @@ def _parts(count: int, rows: int) -> Iterator[slice]:
         stop = start + min(rows, 1 << ((count - start).bit_length() - 1))
         yield slice(start, stop)
         start = stop
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dfengine.cuda import DeviceArray, Gpu, Lane
-from dfengine.errors import DeviceMemoryError, DfengineError, InferenceError
+from dfengine.errors import DeviceMemoryError, DfengineError, InferenceError, first_line
 from dfengine.runtime.executor import Executor, GpuPrecision, Profile
 from dfengine.runtime.precision import gather_constants, to_float16
 
@@ -165,11 +165,7 @@ def _errors_of(torch: Any, name: str) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"network {name} does not fit into the GPU's memory ({_first_line(error)}); lower workers", stage="runtime"
+            f"network {name} does not fit into the GPU's memory ({first_line(error)}); lower workers", stage="runtime"
         ) from None
     except RuntimeError as error:
-        raise InferenceError(f"network {name} failed on torch ({_first_line(error)})", stage="runtime") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InferenceError(f"network {name} failed on torch ({first_line(error)})", stage="runtime") from None
