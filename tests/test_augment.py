@@ -105,6 +105,21 @@ def test_a_clip_goes_through_one_camera_and_one_stream(picture: np.ndarray) -> N
     assert np.abs(rgb[0] - rgb[2]).mean() < 5, "the same light; the codec may differ"
 
 
+def test_exposure_goes_both_ways_from_one(picture: np.ndarray) -> None:
+    def light(exposure: tuple[float, float], severity: float = 1.0) -> np.ndarray:
+        """Brightness against the picture's own, for 24 samples."""
+        settings = AugmentSettings(colour=1, exposure=exposure)
+        made = (augment_pixels([picture], BOX[None], settings, rng(i), severity=severity)[0] for i in range(24))
+        return np.array([to_rgb(m).mean() for m in made]) / picture.mean()
+
+    usual, dark = light((0.75, 1.25)), light((0.3, 1.25))
+    brighter = dark == usual
+    assert 4 < brighter.sum() < 20, "one end does not move the other"
+    assert (dark[~brighter] < usual[~brighter]).all()
+    assert dark.min() < 0.5
+    np.testing.assert_allclose(light((0.3, 1.25), severity=0.0), 1, atol=0.01)
+
+
 def test_noise_is_new_in_every_picture(picture: np.ndarray) -> None:
     images, _ = augment_pixels([picture] * 2, np.tile(BOX, (2, 1)), AugmentSettings(noise=1), rng(1))
     assert not np.array_equal(*to_rgb(images))
@@ -214,6 +229,7 @@ def test_no_mixture_leaves_values_alone_even_unknown_ones() -> None:
         ({"flip": 1.2}, "augment.flip is a chance, from 0 to 1; got 1.2"),
         ({"mixup": 0.6, "cutmix": 0.6}, r"augment.mixup \+ augment.cutmix must not exceed 1, got 0.6 \+ 0.6"),
         ({"blur_sigma_px": (0.0, 1.0)}, r"augment.blur_sigma_px must be above 0, got \(0.0, 1.0\)"),
+        ({"exposure": (1.1, 1.5)}, r"augment.exposure must go from above 0 through 1, got \(1.1, 1.5\)"),
         ({"mix_alpha": 0.0}, "augment.mix_alpha must be above 0, got 0.0"),
         ({"jpeg_quality": (0, 50)}, r"augment.jpeg_quality goes from 1 to 100, got \(0, 50\)"),
         ({"h264_crf": (18, 60)}, r"augment.h264_crf goes from 0 to 51, got \(18, 60\)"),

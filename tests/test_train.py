@@ -246,13 +246,14 @@ def test_two_processes_see_what_one_sees(faces: Path, tmp_path: Path) -> None:
     arguments = [str(recipe), "--faces", str(faces), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     train.main([*arguments, "--out", str(tmp_path / "one")])
-    subprocess.run(
+    run = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
             "-m", "training.train", *arguments, "--out", str(tmp_path / "two"),
         ],
-        cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300,
+        cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+    assert run.stdout.count("epoch 3 ") == 1  # one process reports
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, abs=1e-4)

@@ -41,6 +41,7 @@ class AugmentSettings:
     # Side of the face after it, never more than it has. 45 px is the smallest that dfengine looks for in 900 lines.
     downscale_face_px: tuple[float, float] = (45.0, 150.0)
     colour: float = 0.0  # exposure, white balance, gamma, contrast, saturation: a random camera
+    exposure: tuple[float, float] = (0.75, 1.25)  # what it multiplies pixels with, 1 in the middle
     blur: float = 0.0
     blur_sigma_px: tuple[float, float] = (0.3, 1.5)
     noise: float = 0.0
@@ -69,6 +70,8 @@ class AugmentSettings:
         for name in ("downscale_face_px", "blur_sigma_px"):
             if min(getattr(self, name)) <= 0:
                 raise OptionError(f"augment.{name} must be above 0, got {getattr(self, name)}")
+        if not 0 < self.exposure[0] <= 1 <= self.exposure[1]:
+            raise OptionError(f"augment.exposure must go from above 0 through 1, got {self.exposure}")
         if self.mix_alpha <= 0:
             raise OptionError(f"augment.mix_alpha must be above 0, got {self.mix_alpha}")
         if not all(1 <= q <= 100 for q in self.jpeg_quality):
@@ -153,7 +156,7 @@ def augment_pixels(
         low, high = sorted(settings.downscale_face_px)
         x, boxes = downscale(x, boxes, high * (low / high) ** scale)
     if on["colour"]:
-        x = _take_photo(x, camera, severity)
+        x = _take_photo(x, camera, severity, settings.exposure)
     if on["blur"]:
         x = _blur(x, _between(settings.blur_sigma_px, sigma))
     if on["noise"]:
@@ -219,11 +222,12 @@ def downscale(x: Tensor, boxes: F32, face_px: float) -> tuple[Tensor, F32]:
     return small, boxes * by
 
 
-def _take_photo(x: Tensor, camera: NDArray[np.float64], severity: float) -> Tensor:
+def _take_photo(x: Tensor, camera: NDArray[np.float64], severity: float, exposure: tuple[float, float]) -> Tensor:
     """Light and colour of a random camera. The strengths were set by eye: visible, and nobody would call it broken."""
     u = torch.from_numpy((2 * camera - 1) * severity).float()  # (7,) in -1..1
     white_balance = 1 + 0.08 * u[:3].view(3, 1, 1)
-    x = transforms.adjust_brightness(x * white_balance, 1 + 0.25 * float(u[3]))
+    light = _between((1.0, exposure[0] if u[3] < 0 else exposure[1]), abs(float(u[3])))
+    x = transforms.adjust_brightness(x * white_balance, light)
     x = transforms.adjust_gamma(x.clamp(1e-4, 1), math.exp(0.35 * float(u[4])))
     x = transforms.adjust_contrast(x, 1 + 0.2 * float(u[5]))
     return transforms.adjust_saturation(x, 1 + 0.3 * float(u[6])).clamp(0, 1)

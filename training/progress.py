@@ -92,5 +92,6 @@ class Bar:
     def end_epoch(self, done: Done) -> None:
         row = done.history[-1]
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "epoch")
-        self._progress.console.print(f"{self._name}: epoch {row['epoch']}  {numbers}", highlight=False)
+        if not self._progress.disable:
+            self._progress.console.print(f"{self._name}: epoch {row['epoch']}  {numbers}", highlight=False)
         self._then = time.perf_counter()
