@@ -74,7 +74,7 @@ class Baseline:
         return judge(rows, logits, self._bundle)
 
     def _decode(self, path: Path) -> tuple[list[Picture], NDArray[np.float64], NDArray[np.int64]]:
-        """Evenly spaced frames, read in sequence as the seed systems do; their seconds and numbers."""
+        """Evenly spaced frames, read in sequence as published systems do; their seconds and numbers."""
         capture = cv2.VideoCapture(str(path))
         count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         rate = capture.get(cv2.CAP_PROP_FPS)

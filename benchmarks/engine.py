@@ -31,10 +31,10 @@ FRAMES = 17
 MODES = ("exact", "reference", "keyframe")
 DFDC_CLIPS = ("brtujopkby.mp4", "lynaeydofd.mp4", "widuwuoiur.mp4", "yhffcuhhjy.mp4")
 
-SEED, SEED_20, FAIR = "seed stack", "seed stack, 20 px", "fair stack"
+USUAL, USUAL_20, FAIR = "usual stack", "usual stack, 20 px", "fair stack"
 DESCRIPTIONS = {
-    SEED: "cv2 + facenet-pytorch MTCNN + torch, same min_face",
-    SEED_20: "the same with its own min_face of 20 px",
+    USUAL: "cv2 + facenet-pytorch MTCNN + torch, same min_face",
+    USUAL_20: "cv2 + facenet-pytorch MTCNN + torch, its own min_face of 20 px",
     FAIR: "PyAV + all networks on OpenVINO + cv2/PIL crops, a video a core",
     **{mode: f"dfengine, {mode}, a video a core" for mode in MODES},
     **{f"{mode}, alone": f"dfengine, {mode}, one video at a time" for mode in MODES},
@@ -46,11 +46,11 @@ ScoreAll = Callable[[list[Path]], Iterable[float | None]]
 
 
 def make_system(system: str, bundle: Bundle) -> ScoreAll:
-    if system in (SEED, SEED_20):
+    if system in (USUAL, USUAL_20):
         from benchmarks.baseline import Baseline
 
-        seed = Baseline(bundle, frames=FRAMES, min_face_px=20 if system == SEED_20 else None)
-        return lambda videos: [v.p_fake if (v := seed.score(path)) else None for path in videos]
+        usual = Baseline(bundle, frames=FRAMES, min_face_px=20 if system == USUAL_20 else None)
+        return lambda videos: [v.p_fake if (v := usual.score(path)) else None for path in videos]
     if system == FAIR:
         from benchmarks.baseline import FairBaseline
 
@@ -76,7 +76,7 @@ def measure(system: str, folder: Path, videos: list[Path], rounds: int) -> dict[
     score_all = make_system(system, bundle)
     scores = list(score_all(videos))  # and warms up
     # A video a core leaves cores idle at the end of a round, so those rounds are longer.
-    repeated = videos if system in (SEED, SEED_20) else videos * 3
+    repeated = videos if system in (USUAL, USUAL_20) else videos * 3
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -145,14 +145,14 @@ def score_videos(system: str, folder: Path, videos: list[Path]) -> list[float | 
 
 
 def compare_scores(videos: list[Path], folder: Path) -> dict[str, Any]:
-    """p_fake of every video by the seed stack and by the engine in all modes; differences."""
-    systems = (SEED, FAIR, *MODES)
+    """p_fake of every video by the usual stack and by the engine in all modes; differences."""
+    systems = (USUAL, FAIR, *MODES)
     columns = {s: in_a_process(score_videos, s, folder, videos) for s in systems}
     agreement: dict[str, Any] = {
         "rows": [{"video": v.name} | {s: columns[s][i] for s in systems} for i, v in enumerate(videos)]
     }
     for system in systems[1:]:
-        pairs = zip(columns[SEED], columns[system], strict=True)
+        pairs = zip(columns[USUAL], columns[system], strict=True)
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
         agreement[system] = {"videos": len(both)} | difference(both)
         print(
@@ -171,9 +171,9 @@ def difference(pairs: list[tuple[float, float]]) -> dict[str, float]:
 def time_systems(net: str, folders: dict[str, Path], clips: list[Path], rounds: int) -> dict[str, Any]:
     """Every system on one network, ``folders`` by precision.
 
-    Ratios refer to the first, the seed stack, and to the second, the fair one.
+    Ratios refer to the first, the usual stack, and to the second, the fair one.
     """
-    opponents = [SEED, FAIR, SEED_20] if net == "default" else [SEED, FAIR]
+    opponents = [USUAL, FAIR, USUAL_20] if net == "default" else [USUAL, FAIR]
     alone = [f"{mode}, alone" for mode in MODES] if net == "default" else []
     narrow = [f"{mode}, bf16" for mode in MODES[1:]] if "bf16" in folders else []
     cores = len(os.sched_getaffinity(0))

@@ -41,7 +41,7 @@ SECONDS_PER_BYTE = 0.2e-6
 
 # Cost of a step relative to the one above it, until both were measured. The same clips, CPU seconds in total: 16.4
 # exact, 13.6 reference, 10.0 key frames; with key frames 4.8, 2.8 and 1.1 for 8, 4 and 1 frames. Members: of the
-# default's one network .3 s of 14; larger ones cost more and save more.
+# first default's one network .3 s of 14; larger ones cost more and save more.
 REFERENCE_COST, KEYFRAME_COST, MEMBERS_COST = 0.83, 0.73, 0.9
 HALF_COST, QUARTER_COST, ONE_FRAME_COST = 0.48, 0.59, 0.38
 

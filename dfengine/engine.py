@@ -88,7 +88,7 @@ class Engine:
     def gpu_memory_mib(self) -> int:
         """What the videos in work may take of a GPU's memory, at most: frames, crops, and what is kept for the next.
 
-        The networks come on top, and 100 to 200 MiB for each decoder (docs/gpu.md). When the memory runs out before
+        The networks come on top, and what NVDEC takes for each decoder. When the memory runs out before
         that, what is kept is given back, batches are halved, and what then does not fit is a DeviceMemoryError.
         """
         crops = max(3 * math.prod(m.input_hw) for m in self.bundle.members) * BATCH_CROPS * 4

@@ -1,1 +1,1 @@
-"""Makes dfengine's default bundle from portraits of real people. Imports dfengine, is never imported by it."""
+"""From a folder of videos or photos to a bundle. Imports dfengine, is never imported by it."""
