@@ -168,15 +168,15 @@ def run_broken(words: list[str], out: Path, kills: int, seconds: float, rng: ran
         run = Run([*words, "--resume"], out)
         time.sleep(rng.uniform(0.1, 2 * seconds / (kills + 1)))
         finished = not run.running()
-        orphans = run.kill() if not finished else []
+        orphans = [] if finished else run.kill()
+        if finished:
+            print(f"  the run was over before kill {i + 1}")
+            break
         killed_at.append(run.rows())
         time.sleep(2)
         alive = [pid for pid in orphans if _resident_mib(pid) > 0]
         if alive:
             raise RuntimeError(f"workers {alive} outlived their run")
-        if finished:
-            print(f"  the run was over before kill {i + 1}")
-            break
     run = Run([*words, "--resume"], out)
     code = run.wait()
     return {"kills": len(killed_at), "rows_at_each_kill": killed_at, "exit_code": code}

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,7 +30,11 @@ void parallel_for(std::int64_t n, int threads, const Body& body) {
   };
   std::vector<std::thread> helpers;
   const std::int64_t wanted = threads < n ? threads : n;
-  for (std::int64_t t = 1; t < wanted; ++t) helpers.emplace_back(work);
+  try {
+    for (std::int64_t t = 1; t < wanted; ++t) helpers.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads are to be had (a limit of processes or of memory): those that there are do all of it.
+  }
   work();
   for (auto& helper : helpers) helper.join();
   if (error) std::rethrow_exception(error);

@@ -159,6 +159,17 @@ def test_a_worker_that_dies_costs_no_other_file_its_row(clips: Path, table: Face
     assert_equal(tmp_path, table.folder)
 
 
+def test_a_file_that_was_replaced_is_read_again(clips: Path, table: FaceTable, tmp_path: Path) -> None:
+    shutil.copytree(clips, tmp_path / "clips")
+    shutil.copytree(table.folder, tmp_path / "faces")
+    (tmp_path / "clips" / "one.mp4").write_bytes((clips / "two.mp4").read_bytes())
+    again = extract(tmp_path / "clips", tmp_path / "faces", FEW, split="train")
+    rows = again.rows_by_video()
+    assert {path: len(r) for path, r in rows.items()} == {"one.mp4": 8, "two.mp4": 8}
+    one, two = (again.read_crop(rows[name][0]) for name in ("one.mp4", "two.mp4"))
+    np.testing.assert_array_equal(one, two)
+
+
 def test_other_settings_and_other_splits(clips: Path, table: FaceTable, tmp_path: Path) -> None:
     shutil.copytree(table.folder, tmp_path / "faces")
     with pytest.raises(OptionError, match="the faces here were found with other settings than those asked for"):

@@ -73,6 +73,16 @@ def test_calibration_error(rng: np.random.Generator) -> None:
     assert metrics.calibration_error(np.array([1.0, 0.0]), np.array([0.9, 0.2])) == pytest.approx(0.15)
 
 
+def test_equal_scores_are_one_group(rng: np.random.Generator) -> None:
+    labels = np.repeat([0.0, 1.0], 50)  # in the order of files
+    assert metrics.calibration_error(labels, np.full(100, 0.5)) == 0
+    shuffled = rng.permutation(100)
+    p = np.round(rng.random(100), 1)
+    assert metrics.calibration_error(labels, p) == metrics.calibration_error(labels[shuffled], p[shuffled])
+    _, _, count = metrics.reliability(labels, np.linspace(0, 1, 100))
+    assert count.tolist() == [10] * 10
+
+
 def test_pair_accuracy() -> None:
     video = ["a", "a1", "b", "b1", "b2", "c1", "d", "d1"]
     original = [None, "a", None, "b", "b", "c, which is not here", None, None]

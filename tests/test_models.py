@@ -66,6 +66,13 @@ def test_face_net_is_given_fine_detail() -> None:
     torch.testing.assert_close(both[:, :3], flat + noise)
 
 
+def test_published_weights_of_inception_fit_a_network_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of the one is loaded into the other."""
+    monkeypatch.setattr("facenet_pytorch.models.inception_resnet_v1.load_weights", lambda *_: None)
+    settings = ModelSettings(backbone="inception_resnet_v1", input_hw=(80, 80), pretrained=True)
+    Network(settings, fetch=False).load_state_dict(Network(settings).state_dict())
+
+
 def test_max_and_average_pooling_differ() -> None:
     x = torch.rand(2, 3, 64, 64)
     made = {pool: make_network(ModelSettings(backbone="resnet18", pool=pool), 0).eval() for pool in ("avg", "max")}

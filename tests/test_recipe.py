@@ -72,6 +72,10 @@ def test_members_differ_in_what_they_say_and_overrides_win_over_them(tmp_path: P
         ("[model]\naudio_width = 3\n", r"model\.audio_width needs an LSTM"),
         ("[model]\nmask_head = true\nbackbone = 'resnet18'\n", r"model\.mask_head is for the backbone face_net alone"),
         (
+            "[model]\nmask_head = true\nclip_frames = 4\nlstm = { width = 8 }\n",
+            r"model\.mask_head is for networks of single frames",
+        ),
+        (
             "[model]\nmask_head = true\n",
             r"model\.mask_head is True and train\.mask_weight 0\.0; a mask is learned with both",
         ),

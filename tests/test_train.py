@@ -24,12 +24,14 @@ import torch
 from safetensors.torch import load_file
 from training_assets import write_faces
 
+from dfengine.aggregate import sigmoid
 from dfengine.errors import DfengineError
-from training import checkpoint, evaluate, train
+from training import checkpoint, evaluate, metrics, train
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, TrainingError
 from training.models import ModelSettings, make_network
 from training.optimise import TrainSettings, cosine_factor, label_loss, make_optimiser, mask_loss, order_loss
+from training.table import FaceTable
 
 ROOT = Path(__file__).parents[1]
 
@@ -262,6 +264,30 @@ def test_two_processes_see_what_one_sees(faces: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4)
 
 
+def test_what_several_processes_validate_is_what_is_saved(faces: Path, tmp_path: Path) -> None:
+    """Batch statistics are each process's own until they share them."""
+    recipe = tmp_path / "norm.toml"
+    recipe.write_text(
+        '[data]\nworkers = 0\n[model]\nbackbone = "conv_pool"\ninput_hw = [16, 16]\nhead = ["norm"]\n'
+        "[train]\nepochs = 1\nbatch = 8\nlr = 1e-3\nema_decay = 0.5\n"
+    )
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "training.train", str(recipe), "--faces", str(faces), "--out", str(tmp_path / "two"),
+            "--device", "cpu",
+        ],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    trained = evaluate.load_trained(tmp_path / "two" / train.BEST)
+    table = FaceTable.load(faces)
+    found = evaluate.predict(trained.network, evaluate.make_evaluation_batches(table, trained, "val").epoch(0))
+    bundle = evaluate.make_bundle([trained], [trained.spec])
+    scored = evaluate.score_videos(table.split("val").faces, {"norm": found}, bundle)
+    (row,) = history(tmp_path / "two")
+    assert row["val_log_loss"] == pytest.approx(metrics.log_loss(scored.label, sigmoid(scored.logit)), abs=1e-6)
+
+
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
@@ -361,9 +387,10 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
 def test_tensors_without_a_state(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: these are tensors without the state of a run"):
-        load_checkpoint(tmp_path / "x.safetensors")
+    for header in (None, {"dfengine": "[]"}, {"dfengine": "null"}, {"dfengine": "[" * 100_000}):
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", header)
+        with pytest.raises(CheckpointError, match=r"x\.safetensors: these are tensors without the state of a run"):
+            load_checkpoint(tmp_path / "x.safetensors")
 
 
 def test_a_pickle_in_the_place_of_a_checkpoint_is_refused_and_not_run(

@@ -54,10 +54,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_tensors(path)
     try:
         state = json.loads(metadata[KEY])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
         raise CheckpointError(
             "these are tensors without the state of a run; give a checkpoint that training.train has written", path=path
-        ) from None
+        )
     return tensors, state
 
 

@@ -49,7 +49,7 @@ CANVAS_ZOOM, CANVAS_ROOM = 1.25, 0.25
 # Around the crop: more than the widest filter of the augmentation sees, so that its borders do not show.
 TRIM_PX = 12
 
-# So that a set of photos is read once and not in every epoch: 1,500 faces for an input of 144 px.
+# So that a set of photos is read once and not in every epoch: 1,800 faces for an input of 144 px.
 CACHE_BYTES = 256 << 20
 
 # A swap's donor is the one of so many faces drawn whose landmarks lie most alike (after Face X-ray, Li et al. 2020,
@@ -160,6 +160,11 @@ class Batches:
         self._check()
         self._length = self._count_batches()
         self._class_weight = self._weigh_classes()
+
+    @property
+    def pictures(self) -> tuple[object, ...] | None:
+        """What decides how pseudo-fakes look, None if there are none."""
+        return (self.fakes, self.augment, self._canvas) if self._makes_fakes else None
 
     def __len__(self) -> int:
         """Batches of an epoch, the same for all epochs and processes."""

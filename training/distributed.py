@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .evaluate import Predictions
 
@@ -38,6 +38,12 @@ class World:
         whole[self.rank :: self.size] = mine
         dist.all_reduce(whole)
         return whole
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Gives every process the first one's."""
+        if self.size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
 
     def gather_predictions(self, mine: Predictions) -> Predictions:
         if self.size == 1:

@@ -35,7 +35,7 @@ from dfengine.types import F32, F64, I64, Tracks
 from . import metrics
 from .checkpoint import load_checkpoint
 from .data import Batch, Batches
-from .errors import CheckpointError, TrainingError
+from .errors import CheckpointError, RecipeError, TrainingError
 from .models import Network
 from .recipe import Recipe, build_recipe
 from .table import FaceTable
@@ -70,7 +70,12 @@ def load_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
         raise CheckpointError(
             f"this is a checkpoint of kind {state.get('kind')!r}; give a run's best.safetensors", path=path
         )
-    recipe = build_recipe(state["recipe"], str(path))
+    try:
+        recipe = build_recipe(state.get("recipe"), str(path))
+    except RecipeError as error:
+        raise CheckpointError(f"its recipe is none of this version ({error.message})", path=path) from None
+    if not isinstance(state.get("name"), str):
+        raise CheckpointError("the network has no name; give a checkpoint that training.train has written", path=path)
     network = Network(recipe.model, fetch=False)
     load_weights(network, tensors, path)
     network.requires_grad_(False).eval()
@@ -126,7 +131,7 @@ def make_evaluation_batches(
         recipe.augment,
         recipe.fakes,
         split=split,
-        seed=0,  # the same pseudo-fakes for every network
+        seed=0,  # the same pseudo-fakes for every network of the same fakes and augment
         batch=max(1, BATCH // trained.spec.clip_frames),
         device=device,
         audio=make_listener(trained.spec),
@@ -147,6 +152,18 @@ def make_listener(spec: ModelSpec) -> Callable[[Path], F32] | None:
         return load_log_mel(path, spec.audio).log_mel
 
     return listen
+
+
+def check_same_pictures(batches: Mapping[str, Batches]) -> None:
+    """Raises TrainingError if networks would see different pseudo-fakes: no engine blends such scores."""
+    seen = {name: b.pictures for name, b in batches.items()}
+    (first, wanted), *rest = seen.items()
+    for name, pictures in rest:
+        if pictures != wanted:
+            raise TrainingError(
+                f"the split has no fakes of its own, and {first!r} and {name!r} make different ones (their recipes "
+                "differ in [fakes], [augment] or the size of crops); take them one by one, or training.heldout"
+            )
 
 
 @torch.no_grad()
@@ -174,10 +191,6 @@ def sharpness(crops: Tensor) -> F32:
 def score_videos(faces: FaceTable, predictions: Mapping[str, Predictions], bundle: Bundle) -> Scored:
     """Blends the members' predictions for ``faces`` and judges each video, uncalibrated if ``bundle`` is."""
     first = next(iter(predictions.values()))
-    if any(found.keys() != first.keys() for found in predictions.values()):
-        raise TrainingError(
-            "these networks have different fakes.ratio, so they see different fakes; take them one by one"
-        )
     columns: list[tuple[Any, ...]] = []
     for video, (label, rows_of) in first.items():
         rows = np.array(sorted(rows_of), np.int64)
@@ -291,7 +304,8 @@ def measure(scored: Scored, calibration: Calibration, threshold: float = THRESHO
     }
     for i, name in enumerate(NUMBERS):
         result[name] = _number(values[i])
-        result[f"{name}_95"] = metrics.interval(rounds[:, i])
+        if name != "calibration_error":  # a sum of distances: every resample of a good one is worse
+            result[f"{name}_95"] = metrics.interval(rounds[:, i])
     return result | {"pair_accuracy": _number(pairs), "pairs": count}
 
 
@@ -387,7 +401,9 @@ def evaluate(
     bundle = make_bundle(trained, [t.spec for t in trained])
 
     def score(name: str) -> Scored:
-        found = {t.name: predict(t.network, make_evaluation_batches(table, t, name, device).epoch(0)) for t in trained}
+        batches = {t.name: make_evaluation_batches(table, t, name, device) for t in trained}
+        check_same_pictures(batches)
+        found = {t.name: predict(t.network, batches[t.name].epoch(0)) for t in trained}
         return score_videos(table.split(name).faces, found, bundle)
 
     scored = score(split)

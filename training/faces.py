@@ -17,6 +17,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import tomllib
@@ -88,7 +89,7 @@ def extract(
     splits = assign_splits(items, split)
     _check_settings(out, settings)
     parts = {item: out / "parts" / f"{_key(item)}.parquet" for item in items}
-    todo = [item for item in items if not parts[item].exists()]
+    todo = [item for item in items if not _is_done(parts[item], root / item.path)]
     on_progress(len(items) - len(todo), len(items))
     for done, _ in enumerate(_in_processes(root, out, todo, settings, workers or len(os.sched_getaffinity(0))), 1):
         on_progress(len(items) - len(todo) + done, len(items))
@@ -193,6 +194,7 @@ def _extract_item(root: Path, out: Path, item: Item, settings: ExtractSettings) 
     """Writes the crops of one item and then, as the sign that they are whole, its part of the table."""
     rows: list[dict[str, Any]] = []
     crops = out / "crops" / _key(item)
+    shutil.rmtree(crops, ignore_errors=True)  # of a run that was killed, or of another file
     failure = "no face was found, or none that counts as a person"
     try:
         for face in find_faces(root / item.path, item.is_photo, _detector(item.is_photo, settings), settings):
@@ -209,7 +211,28 @@ def _extract_item(root: Path, out: Path, item: Item, settings: ExtractSettings) 
         rows, failure = [], f"unexpected {type(error).__name__}: {error}; please report this"
     if not rows:
         rows = [dict.fromkeys(FACE_FIELDS.names) | {"failure": failure}]
-    _write_table(out / "parts" / f"{_key(item)}.parquet", pa.Table.from_pylist(rows, FACE_FIELDS))
+    _write_part(root, out, item, rows)
+
+
+def _write_part(root: Path, out: Path, item: Item, rows: list[dict[str, Any]]) -> None:
+    part = pa.Table.from_pylist(rows, FACE_FIELDS).replace_schema_metadata({"file": _file_state(root / item.path)})
+    _write_table(out / "parts" / f"{_key(item)}.parquet", part)
+
+
+def _file_state(path: Path) -> str:
+    """Tells a file from another of the same name."""
+    try:
+        state = path.stat()
+    except OSError:
+        return "gone"
+    return f"{state.st_size} {state.st_mtime_ns}"
+
+
+def _is_done(part: Path, path: Path) -> bool:
+    """Whether there is a part, made of the file that is there now."""
+    if not part.exists():
+        return False
+    return (pq.read_schema(part).metadata or {}).get(b"file") == _file_state(path).encode()
 
 
 def _key(item: Item) -> str:
@@ -293,17 +316,16 @@ def _in_processes(
                     try:
                         alone.submit(_extract_item, root, out, item, settings).result()
                     except BrokenProcessPool:
-                        _note_death(out, item)
+                        _note_death(root, out, item)
                 left -= 1
                 yield item
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _note_death(out: Path, item: Item) -> None:
+def _note_death(root: Path, out: Path, item: Item) -> None:
     failure = "the process that read it died (killed, or out of memory); remove this part to try again"
-    row = dict.fromkeys(FACE_FIELDS.names) | {"failure": failure}
-    _write_table(out / "parts" / f"{_key(item)}.parquet", pa.Table.from_pylist([row], FACE_FIELDS))
+    _write_part(root, out, item, [dict.fromkeys(FACE_FIELDS.names) | {"failure": failure}])
 
 
 def _make_pool(workers: int) -> ProcessPoolExecutor:

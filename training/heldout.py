@@ -380,7 +380,8 @@ def evaluate(
     calibration = fit_calibration(validation.logit, validation.label, fitted_on)
     scored = validation if split == "val" else score(trained, bundle, HeldOut(table, split))
     part = table.split(split)
-    report = make_report(trained, part, scored, calibration, same=split == "val") | {
+    report = make_report(trained, part.faces, scored, calibration, same=split == "val") | {
+        "not_scored": part.failures,
         "levels": {name: asdict(level) for name, level in LEVELS.items()},
         "false_positives": count_false_positives(scored, part, calibrate(scored.logit, calibration)),
     }

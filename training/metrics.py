@@ -54,8 +54,11 @@ def eer(labels: Floats, scores: Floats) -> float:
 
 
 def reliability(labels: Floats, p_fake: Floats, bins: int = 10) -> tuple[F64, F64, NDArray[np.int64]]:
-    """(mean p_fake, share of fakes, count) in groups of about equal size, ordered by p_fake."""
-    groups = [g for g in np.array_split(np.argsort(p_fake, kind="stable"), bins) if len(g)]
+    """(mean p_fake, share of fakes, count) in groups of about equal size by p_fake; equal ones stay together."""
+    order = np.argsort(p_fake, kind="stable")
+    first = np.searchsorted(p_fake[order], p_fake[order])  # of the equal ones
+    group = first * bins // len(order)
+    groups = np.split(order, np.flatnonzero(np.diff(group)) + 1)
     return (
         np.array([p_fake[g].mean() for g in groups], np.float64),
         np.array([(labels[g] == 1).mean() for g in groups], np.float64),

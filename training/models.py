@@ -75,6 +75,8 @@ class ModelSettings:
             )
         if self.audio_width and self.lstm.width == 0:
             raise OptionError("model.audio_width needs an LSTM: the sound joins its last step; set lstm.width")
+        if self.mask_head and self.lstm.width:
+            raise OptionError("model.mask_head is for networks of single frames; leave it out, or set lstm.width to 0")
         if self.mask_head and self.backbone != "face_net":
             raise OptionError(f"model.mask_head is for the backbone face_net alone, not for {self.backbone!r}")
 
@@ -246,7 +248,7 @@ def make_backbone(settings: ModelSettings, *, fetch: bool) -> tuple[nn.Module, i
     elif name == "inception_resnet_v1":
         from facenet_pytorch import InceptionResnetV1
 
-        net, make = InceptionResnetV1(), lambda: InceptionResnetV1(pretrained="vggface2")
+        net, make = InceptionResnetV1(), _inception_of_vggface2
     else:
         import timm
 
@@ -265,6 +267,14 @@ def make_backbone(settings: ModelSettings, *, fetch: bool) -> tuple[nn.Module, i
     with torch.no_grad():
         width = net.eval()(torch.zeros(1, 3, *settings.input_hw)).shape[1]
     return net.train(), width
+
+
+def _inception_of_vggface2() -> nn.Module:
+    from facenet_pytorch import InceptionResnetV1
+
+    net = InceptionResnetV1(pretrained="vggface2")
+    del net.logits  # of the identities it was trained on: 4.4 million numbers that no feature goes through
+    return net
 
 
 def _published(name: str, make: Callable[[], nn.Module] | None) -> nn.Module:

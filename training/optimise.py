@@ -26,7 +26,8 @@ class TrainSettings:
     lr: float = 1e-3
     weight_decay: float = 0.0
     momentum: float = 0.9  # sgd only
-    # cosine falls to min_lr over the run after a warm-up; onecycle is torch's OneCycleLR with lr as its top; plateau
+    # cosine falls to min_lr over the run after a warm-up; onecycle is torch's OneCycleLR with lr as its top, a momentum
+    # that stays and an end of its own; plateau
     # multiplies by plateau_factor after plateau_patience epochs without a better validation log loss.
     schedule: Literal["constant", "cosine", "onecycle", "plateau"] = "constant"
     warm_up: float = 0.0  # share of the run, cosine only
@@ -72,7 +73,9 @@ class Schedule:
                 optimiser, factor=settings.plateau_factor, patience=settings.plateau_patience, min_lr=settings.min_lr
             )
         elif settings.schedule == "onecycle":
-            self._torch = lr_scheduler.OneCycleLR(optimiser, settings.lr, total_steps=max(2, steps))
+            self._torch = lr_scheduler.OneCycleLR(
+                optimiser, settings.lr, total_steps=max(2, steps), cycle_momentum=False
+            )
         else:
             cosine, least = settings.schedule == "cosine", settings.min_lr / settings.lr
             self._torch = lr_scheduler.LambdaLR(

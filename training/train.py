@@ -7,7 +7,8 @@ take). A recipe with members makes one such folder for each, RUN/NAME.
 Everything that chance decides depends on the seed, the epoch and the step alone, so a run that was killed at any moment
 and goes on with ``--resume`` ends with the numbers of an unbroken one. ``torchrun`` runs it on several processes or
 nodes: each takes its share of every batch, and the gradients are those of one process with the whole batch, as far as
-the network has no batch statistics and no dropout.
+the network has no batch statistics and no dropout, and train.order_weight is 0 (each process sees the pairs of its own
+share).
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Trainer:
         return self.done.epoch >= s.epochs or bool(s.early_stop and self.done.stale >= s.early_stop)
 
     def step(self, batch: Batch) -> float:
-        """One step on this process's share of a batch; returns the loss over the whole of it."""
+        """One step on this process's share of a batch; returns the loss of labels and masks over the whole of it."""
         s, world, done = self.settings, self.world, self.done
         torch.manual_seed((s.seed * 1_000_003 + done.total_steps) * 4099 + world.rank)  # dropout
         self.forward.train()
@@ -128,7 +129,7 @@ class Trainer:
         row = {
             "epoch": self.done.epoch + 1,
             "lr": self.optimiser.param_groups[0]["lr"],
-            "loss": float(loss.mean()),  # all terms that are learned from
+            "loss": float(loss.mean()),  # of labels and masks, without the weights of classes
             "log_loss": metrics.log_loss(labels, sigmoid(logits)),
             "accuracy": metrics.accuracy(labels, sigmoid(logits)),
             "auc": metrics.auc(labels, logits),
@@ -255,6 +256,8 @@ def train(
                 bar.show(trainer.done, loss, s.batch * spec.clip_frames)
                 if world.rank == 0 and trainer.done.step % s.checkpoint_steps == 0:
                     trainer.save(out / LAST)
+            for network in (trainer.network, trainer.kept):  # batch statistics: what is validated is what is saved
+                world.share_buffers(network)
             predictions = world.gather_predictions(predict(trainer.kept, validation.epoch(0)))
             scored = score_videos(validation.faces, {name: predictions}, bundle)
             p_fake = sigmoid(scored.logit)
