@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import AudioSettings
+from dfengine.errors import first_line
 from dfengine.media import open_media
 from dfengine.types import F32, F64, PathLikeStr
 
@@ -33,8 +34,7 @@ def load_log_mel(path: PathLikeStr, settings: AudioSettings) -> Sound:
     try:
         samples = decode_mono(path, settings.sample_rate, int(settings.seconds * settings.sample_rate))
     except (av.FFmpegError, ValueError, OSError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return _missing(f"the sound cannot be decoded ({text})", settings)
+        return _missing(f"the sound cannot be decoded ({first_line(error)})", settings)
     if len(samples) == 0:
         return _missing("there is no sound track, or nothing in it", settings)
     return Sound(log_mel(samples, settings))

@@ -70,17 +70,17 @@ VIDEOS_A_WORKER = 200
 MAX_FAILED_STARTS = 3
 
 
-def expand_inputs(paths: Iterable[str]) -> list[str]:
-    """Files, folders and glob patterns -> files, in the order given, those of a folder sorted by name.
+def expand_inputs(paths: Iterable[str], *, patterns: bool = True) -> list[str]:
+    """Files, folders and (unless told otherwise) glob patterns -> files, in the order given, of a folder by name.
 
     Nothing is dropped: a folder without videos, an unreadable folder, and a pattern without a match stay in the list,
-    so that each becomes a row that says what is wrong with it.
+    so that each becomes a row that says what is wrong with it. Folders that are links are followed, each once.
     """
     files: list[str] = []
     for path in paths:
         if os.path.isdir(path):
             files += _videos_in(path) or [path]
-        elif glob.has_magic(path) and not os.path.lexists(path):
+        elif patterns and glob.has_magic(path) and not os.path.lexists(path):
             matches = sorted(glob.glob(path, recursive=True))
             for match in matches or [path]:
                 files += (_videos_in(match) or [match]) if os.path.isdir(match) else [match]
@@ -92,8 +92,11 @@ def expand_inputs(paths: Iterable[str]) -> list[str]:
 def _videos_in(folder: str) -> list[str]:
     found: list[str] = []
     unreadable: list[OSError] = []
-    for root, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders.sort()
+    seen = {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
+        by_place = {os.path.realpath(os.path.join(root, f)): f for f in sorted(folders, reverse=True)}
+        folders[:] = sorted(by_place[place] for place in by_place.keys() - seen)
+        seen |= by_place.keys()  # a link may lead to where we have been
         found += [os.path.join(root, n) for n in sorted(names) if Path(n).suffix.lower() in VIDEO_SUFFIXES]
     return found + sorted(str(e.filename) for e in unreadable)
 
@@ -152,7 +155,7 @@ class Batch:
         paths = list(paths)
         different: dict[str, str] = {}
         for path in paths:
-            different.setdefault(os.path.abspath(path), path)
+            different.setdefault(_place(path), path)
         self.repeated = len(paths) - len(different)
         what = [self.bundle.digest, *dataclasses.astuple(asked), self.deadline is not None]
         self.jobs = [_make_job(path, what) for path in different.values()]
@@ -190,6 +193,15 @@ class Batch:
     def must_drop(self) -> bool:
         """Whether videos in work have had their time after ``stop``."""
         return time.monotonic() >= self._drop_at
+
+
+def _place(path: str) -> str:
+    """The same for two names of one file; a link to a file is another file."""
+    folder, name = os.path.split(path)
+    try:
+        return os.path.join(os.path.realpath(folder), name)
+    except (OSError, ValueError):  # becomes a row that says why
+        return path
 
 
 def _make_job(path: str, what: list[Any]) -> Job:
@@ -252,8 +264,8 @@ class _Run:
                 return
             else:
                 yield from self._hand_out()
-            yield from self._listen()
-            yield from self._watch()
+            # All at once: while a row is handed on the clock runs, and nobody listens.
+            yield from [*self._listen(), *self._watch()]
 
     # -- handing out ---------------------------------------------------------------------------------------------------
 
@@ -316,24 +328,26 @@ class _Run:
 
     def _listen(self) -> Iterator[VideoScore]:
         for key, _ in self._selector.select(POLL_SECONDS):
-            process = key.fileobj
-            assert isinstance(process, Process)
-            for message in process.receive():
-                match message:
-                    case Ready():
-                        self._any_started, self._failed_starts = True, 0
-                    case Scored():
-                        worker = message.worker
-                        yield self._finished(self._running.pop(worker), message.score, worker.seconds())
-                    case StartFailed():
-                        if not self._any_started:
-                            raise message.error
-                        log.warning("a worker could not be started: %s", message.error)
-                    case Died():
-                        for worker, attempt in self._remove(process):
-                            yield from self._failed(attempt, worker, "WorkerCrashed", _crash(message, worker))
-                        if not process.ready:
-                            self._start_failed(message)
+            assert isinstance(key.fileobj, Process)
+            yield from self._hear(key.fileobj)
+
+    def _hear(self, process: Process) -> Iterator[VideoScore]:
+        """Takes what a process has said."""
+        for message in process.receive():
+            match message:
+                case Ready():
+                    self._any_started, self._failed_starts = True, 0
+                case Scored():
+                    yield self._finished(self._running.pop(message.worker), message.score, message.seconds)
+                case StartFailed():
+                    if not self._any_started:
+                        raise message.error
+                    log.warning("a worker could not be started: %s", message.error)
+                case Died():
+                    for worker, attempt in self._remove(process):
+                        yield from self._failed(attempt, worker, "WorkerCrashed", _crash(message, worker))
+                    if not process.ready:
+                        self._start_failed(message)
 
     def _start_failed(self, died: Died) -> None:
         """A process died before it was ready: go on with fewer, and give up when there are none."""
@@ -354,6 +368,10 @@ class _Run:
         for worker, attempt in list(self._running.items()):
             seconds = worker.seconds()
             if worker not in self._running or seconds < min(attempt.timeout_seconds, attempt.share_seconds):
+                continue
+            # Its answer may be here already: this process may have been stopped (Ctrl-Z) since it listened.
+            yield from self._hear(worker.process)
+            if self._running.get(worker) is not attempt:
                 continue
             for other, waiting in self._remove(worker.process):
                 if other is not worker:

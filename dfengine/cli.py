@@ -7,6 +7,7 @@ tab-separated text, with --json one object a line, each as soon as it is known.
 from __future__ import annotations
 
 import datetime
+import io
 import logging
 import os
 import shlex
@@ -55,16 +56,15 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the command; turns dfengine's errors into one line and exit code 2."""
+    if sys.stdout is None:  # closed by the caller (>&-): files may be asked for all the same
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     try:
         app()
     except DfengineError as error:
         print(f"dfengine: error: {error}", file=sys.stderr)
         sys.exit(USAGE)
-    except BrokenPipeError:  # the reader went away (| head): there is nobody left to tell
-        _close_stdout()
-        sys.exit(SOME_FAILED)
-    except KeyboardInterrupt:  # before anything was scored; later Batch sees to it
-        sys.exit(INTERRUPTED)
 
 
 def _print_version(wanted: bool) -> None:
@@ -94,7 +94,7 @@ def score(
         Path | None, typer.Option(help="Write a CSV of filename,label, complete at all times.")
     ] = None,
     missing_label: Annotated[float, typer.Option(help="The label of files without a score, in --submission.")] = 0.5,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip what --out has already, redo what failed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what is answered already, redo what failed.")] = False,
     bundle: Annotated[str, typer.Option(help="A packaged bundle by name, or a folder.")] = "default",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     frames: Annotated[
@@ -102,7 +102,7 @@ def score(
         typer.Option(help="N, uniform:N, every:K or first:N; :MAX limits (every:10:17), @SECONDS too (every:6@10)."),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Frames: exact, reference (faster) or keyframe (fastest).")] = None,
-    workers: Annotated[int | None, typer.Option(help="Videos scored at a time; default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Videos at a time; default: one a core, 16 on a GPU.")] = None,
     timeout: Annotated[str | None, typer.Option(help="For each video: 90s, 5m; default: by its size.")] = None,
     time_limit: Annotated[
         str | None, typer.Option(help="For the whole run: 9h, 1h30m, 45s. Spends less on each video to keep it.")
@@ -113,7 +113,7 @@ def score(
     """Score videos. Exit code 0: all answered; 1: some failed (each is a row); 2: usage, output; 130: interrupted."""
     _set_up_logging(verbose)
     batch = Batch(
-        expand_inputs(_read_stdin() if paths == ["-"] else paths),
+        expand_inputs(_read_stdin(), patterns=False) if paths == ["-"] else expand_inputs(paths),
         bundle=bundle,
         device=device,
         frames=frames,

@@ -23,7 +23,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -65,14 +65,15 @@ MAX_SIZES = 1000
 # Parquet takes less than a second, on a disk that is not busy.
 RESERVE_RATIO, RESERVE_MIN_SECONDS, RESERVE_MAX_SECONDS = 0.1, 1.0, 60.0
 
-_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", re.ASCII)
+_N = r"(\d+(?:\.\d+)?)"
+_DURATION = re.compile(rf"(?:{_N}h)?(?:{_N}m)?(?:{_N}s)?|{_N}", re.ASCII)
 
 
 def parse_duration(text: str) -> float:
     """Seconds of "9h", "1h30m", "90s" or "90". Raises OptionError."""
     match = _DURATION.fullmatch(text.strip())
-    hours, minutes, seconds = (float(g or 0) for g in match.groups()) if match else (0.0, 0.0, 0.0)
-    total = 3600 * hours + 60 * minutes + seconds
+    hours, minutes, seconds, bare = (float(g or 0) for g in match.groups()) if match else (0.0,) * 4
+    total = 3600 * hours + 60 * minutes + seconds + bare
     if not 0 < total < float("inf"):
         raise OptionError(f"a duration is written like 9h, 1h30m, 90m or 45s, and longer than zero; got {text!r}")
     return total
@@ -108,7 +109,7 @@ def ladder(asked: Plan, bundle: Bundle) -> tuple[Step, ...]:
     policy = Policy.parse(asked.sampling)
     add("half of the frames", HALF_COST, sampling=str(_sparser(policy, 2)))
     add("a quarter of the frames", QUARTER_COST, sampling=str(_sparser(policy, 4)))
-    add("one frame", ONE_FRAME_COST, sampling="uniform:1")
+    add("one frame", ONE_FRAME_COST, sampling=str(Policy("uniform", 1, seconds=policy.seconds)))
     return tuple(steps)
 
 
@@ -123,12 +124,10 @@ def _smallest_first(names: Sequence[str], bundle: Bundle) -> list[str]:
 
 
 def _sparser(policy: Policy, divisor: int) -> Policy:
-    """A policy of the same kind with about 1 / divisor of the frames, at least 1."""
+    """A policy of the same kind over the same part of the video, with about 1 / divisor of the frames, at least 1."""
     limit = max(1, policy.limit // divisor) if policy.limit is not None else None
-    if policy.kind == "every":
-        return Policy("every", policy.count * divisor, limit)
-    count = max(1, min(policy.count, policy.limit or policy.count) // divisor)
-    return Policy(policy.kind, count)
+    count = policy.count * divisor if policy.kind == "every" else max(1, policy.count // divisor)
+    return replace(policy, count=count, limit=limit)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,8 +47,8 @@ class Engine:
     policy, or a number N for uniform:N; ``mode``: "exact", "reference" or "keyframe" (see dfengine.sampling). Both
     default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default one a core, or 16 on a
     GPU. ``threads``: cores to use, by default all. ``memory_bytes``: decoded frames held at a time, by video; a limit
-    that splits a video changes scores in exact mode by rounding only, in the others as other boxes of the same faces
-    do.
+    that splits a video changes scores in exact mode by rounding only, but that a person who is
+    missed in frames at the split is not filled in there; in the other modes as other boxes of the same faces do.
 
     Note [The GPU is shared by videos]
     There is one main path. On a GPU each of ``workers`` threads goes along it with a video of its own and a stream of
@@ -68,9 +69,10 @@ class Engine:
     ) -> None:
         self.bundle = Bundle.load(bundle)
         self.plan = make_plan(self.bundle, frames=frames, mode=mode)
-        self.cores = threads if threads is not None else usable_cores()
-        if workers is not None and workers < 1:
-            raise OptionError(f"workers must be at least 1, got {workers}")
+        for name, value in (("workers", workers), ("threads", threads)):
+            if value is not None and value < 1:
+                raise OptionError(f"{name} must be at least 1, got {value}")
+        self.cores = threads or usable_cores()
         self._memory_bytes = memory_bytes
         self._device = open_device(device) if isinstance(device, str) else device
         self._decoders, self._no_decoders = _make_decoders(self._device)
@@ -122,9 +124,10 @@ class Engine:
         return self._score(path, self.cores, plan, on_stage)
 
     def stream(self, paths: Iterable[PathLikeStr], *, ordered: bool = False) -> Iterator[VideoScore]:
-        """Scores many videos, ``workers`` at a time, and yields each when it is done (``ordered``: in input order).
+        """Scores many videos, ``workers`` at a time, and yields them as they are done (``ordered``: in input order).
 
-        ``paths`` is read only as far ahead as there are workers.
+        ``paths`` is read as far ahead as there are workers, and one more: nothing is yielded before that many were
+        given, or ``paths`` has ended.
         """
         if self.workers == 1:
             yield from map(self.score, paths)
@@ -281,8 +284,20 @@ def default_workers(on_gpu: bool, cores: int) -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on: those it is bound to, or what a container's quota amounts to, if less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _cpu_quota())))
+
+
+def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that the control group of a container gets, inf if all it wants."""
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (root / "cpu.max").read_text().split()  # version 2; "max" is no number
+        return int(quota) / int(period)
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = ((root / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    return math.inf
 
 
 class _Watch:

@@ -134,7 +134,7 @@ class _Csv(Format):
 
     def write_table(self, rows: Iterable[Row], path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")  # columns of the user
             writer.writeheader()
             writer.writerows(rows)
             os.fsync(file.fileno())
@@ -182,20 +182,19 @@ class Journal(AbstractContextManager["Journal"]):
     """The file of results of one run: append with ``write``, complete with ``finish``.
 
     ``inputs``: path (as in the rows) by request, in the order that a table shall have. With ``resume``, ``done`` has
-    the requests that need not be made again, and their answers; without, what is there is replaced. ``temporary``:
-    there is no table, the journal serves to resume alone.
+    the requests that need not be made again, and their answers; without, what is there is replaced. Without a
+    ``table`` the journal serves to resume alone, and stays.
 
     Raises OptionError for a file that cannot be had, here; OutputError for a disk that is full or a folder that is
     gone, and for a file that is not dfengine's.
     """
 
-    def __init__(self, path: Path, inputs: Mapping[str, str], *, resume: bool = False, temporary: bool = False) -> None:
-        if not temporary and path.suffix not in _FORMATS:
+    def __init__(self, path: Path, inputs: Mapping[str, str], *, resume: bool = False, table: bool = True) -> None:
+        if table and path.suffix not in _FORMATS:
             raise OptionError(f"the output {path.name!r} must end in {', '.join(_FORMATS)}")
         _check_folder(path)
-        self._format = _Csv(path) if temporary else _FORMATS[path.suffix](path)
-        self._has_table = not temporary and self._format.journal != path
-        self._temporary = temporary
+        self._format = _FORMATS[path.suffix](path) if table else _Csv(path)
+        self._has_table = table and self._format.journal != path
         self._inputs = inputs
         self.path = self._format.journal
         self.done: dict[str, Done] = {}
@@ -244,7 +243,6 @@ class Journal(AbstractContextManager["Journal"]):
             if self._has_table:
                 with _replacing(self._format.path) as partial:
                     self._format.write_table(self._in_order(), partial)
-            if self._has_table or self._temporary:
                 self.path.unlink(missing_ok=True)
         except OSError as error:
             raise _output_error(self._format.path, error, f"; its rows are in {self.path}") from None
@@ -259,8 +257,7 @@ class Journal(AbstractContextManager["Journal"]):
                 keep[path] = number
             elif request in self._inputs and _lasts(row):
                 keep[path] = number
-                p_fake = None if row["p_fake"] in (None, "") else float(row["p_fake"])
-                self.done[request] = Done(row["status"], p_fake)
+                self.done[request] = Done(row["status"], self._p_fake(row))
             else:
                 keep.pop(path, None)
                 self.done.pop(requested[path], None)
@@ -282,6 +279,14 @@ class Journal(AbstractContextManager["Journal"]):
             raise
         os.close(self._file)
         self._file = new
+
+    def _p_fake(self, row: Row) -> float | None:
+        try:
+            return None if row["p_fake"] in (None, "") else float(row["p_fake"])
+        except ValueError:
+            raise OutputError(
+                f"this is no table of results: p_fake of {row['path']!r} is {row['p_fake']!r}", path=self._format.path
+            ) from None
 
     def _old_rows(self) -> Iterator[Row]:
         if os.fstat(self._file).st_size > 0:
@@ -332,7 +337,7 @@ class Submission:
         self._missing = missing_label
         by_name: dict[str, str] = {}
         for file in inputs:
-            name = os.path.basename(file)
+            name = _name(file)
             if name in by_name:
                 raise OptionError(
                     f"a submission names files without their folders, and {by_name[name]!r} and {file!r} have the same "
@@ -344,7 +349,7 @@ class Submission:
 
     def update(self, p_fake_by_path: Mapping[str, float | None]) -> None:
         """Takes answers, and does not write them yet."""
-        self._labels |= {os.path.basename(path): p_fake for path, p_fake in p_fake_by_path.items()}
+        self._labels |= {_name(path): p_fake for path, p_fake in p_fake_by_path.items()}
 
     def save_now_and_then(self) -> None:
         """Writes the file if that was long ago."""
@@ -363,6 +368,11 @@ class Submission:
         except OSError as error:
             raise _output_error(self._path, error) from None
         self._saved = time.monotonic()
+
+
+def _name(path: str) -> str:
+    """Of a file; of a folder without videos, which has a row too, its own."""
+    return os.path.basename(os.path.normpath(path))
 
 
 class Output(AbstractContextManager["Output"]):
@@ -390,7 +400,7 @@ class Output(AbstractContextManager["Output"]):
         if submission:
             self._submission = Submission(submission, inputs.values(), missing_label=missing_label)
         if target := out or submission:
-            self._journal = Journal(target, inputs, resume=resume, temporary=out is None)
+            self._journal = Journal(target, inputs, resume=resume, table=out is not None)
         self.done = self._journal.done if self._journal else {}
         self.failed = sum(done.status == "error" for done in self.done.values())
         self.path = self._journal.path if self._journal else None

@@ -4,7 +4,8 @@ Timestamps decide, never frame counts: containers over-report their frames, and 
 
 Policies (text, as on the command line and in a bundle):
 
-    uniform:N      N times evenly spaced from the first frame to the last, both included
+    uniform:N      N times evenly spaced from the first frame to the last, both included; N frames evenly spaced by
+                   number where fewer than half of these times have a frame of their own
     every:K        every K-th frame in the order of presentation
     first:N        the first N frames
     POLICY:MAX     any of the above, at most MAX frames: every:10:17 is every 10th frame until there are 17
@@ -113,6 +114,9 @@ class Policy:
             wanted = np.array([(timeline[0] + timeline[-1]) / 2])
         else:
             wanted = np.linspace(timeline[0], timeline[-1], self.count)
+            # Where most of these times have no frame of their own the clock jumps, and a gap would take them all.
+            if 2 * len(np.unique(nearest(timeline, wanted))) < min(self.count, len(timeline)):
+                wanted = timeline[np.linspace(0, len(timeline) - 1, self.count).round().astype(np.int64)]
         return wanted[: self.limit]
 
 

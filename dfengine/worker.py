@@ -93,6 +93,7 @@ class Died:
 class Scored:
     worker: Worker
     score: VideoScore
+    seconds: float  # that the worker took
 
 
 # What goes over the wire; ``worker`` is the number of one in its process.
@@ -106,6 +107,7 @@ class _Given:
 class _Result:
     worker: int
     score: VideoScore
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Process:
                 case _Result():
                     worker = self.workers[message.worker]
                     worker.task = None
-                    messages.append(Scored(worker, message.score))
+                    messages.append(Scored(worker, message.score, message.seconds))
                 case StartFailed():
                     messages.append(message)
         if closed:
@@ -325,9 +327,10 @@ def _work(channel: _Channel, number: int, tasks: queue.SimpleQueue[Task], score:
         while True:
             task = tasks.get()
             alarm.set(number, task.timeout_seconds + LAST_RESORT_SECONDS)
+            started = time.monotonic()
             result = score(task.path, task.plan, lambda stage: channel.send(_Stage(number, stage)))
             alarm.set(number, 0)
-            channel.send(_Result(number, result))
+            channel.send(_Result(number, result, time.monotonic() - started))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)
     except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -56,6 +57,29 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_inputs(tree: Path, typed: list[str], meant: list[str]) -> None:
     assert expand_inputs(typed) == meant
+
+
+def test_links_to_folders_are_followed_once(tree: Path) -> None:
+    (tree / "far").mkdir()
+    (tree / "far" / "d.mp4").write_bytes(b"x")
+    (tree / "empty" / "link").symlink_to(tree / "far")
+    (tree / "empty" / "again").symlink_to(tree / "far")
+    (tree / "far" / "back").symlink_to(tree / "empty")
+    assert expand_inputs(["empty"]) == ["empty/again/d.mp4"]
+
+
+def test_names_that_were_listed_are_no_patterns(tree: Path) -> None:
+    assert expand_inputs(["[ab].mp4"]) == ["b.mp4"]
+    assert expand_inputs(["[ab].mp4", "deep"], patterns=False) == ["[ab].mp4", "deep/[x].mkv", "deep/er/c.webm"]
+
+
+def test_a_way_through_a_link_is_another_way(bundle: Bundle, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b"):
+        make_files(folder, "x")
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    batch = Batch([str(tmp_path / "link" / ".." / "x"), str(tmp_path / "x"), str(tmp_path / "a" / "x")], bundle=bundle)
+    assert [Path(job.path).parent.name for job in batch.jobs] == ["..", tmp_path.name]
+    assert batch.repeated == 1
 
 
 # -- a run over files, with workers that do what the names of the files say --------------------------------------------
@@ -161,6 +185,37 @@ def test_a_hang_is_a_row(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
     assert [rows[n].status for n in ("ok-1", "ok-2")] == ["ok", "ok"]
     pids = {int(line.split()[2]) for line in fakes.read_text().splitlines()}
     wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_slow_reader_makes_no_timeouts(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    paths = make_files(tmp_path / "v", "ok-1", "0.3s-2", "ok-3")
+    rows = Batch(paths, bundle=bundle, workers=2, timeout_seconds=1, make_scorer=fake_scorers.make).run()
+    found = [next(rows)]
+    time.sleep(2)
+    found += rows
+    assert [r.status for r in found] == ["ok"] * 3
+    assert fakes.read_text().count("begin") == 3, "nothing was tried twice"
+
+
+def test_an_answer_that_came_while_nobody_listened_counts(
+    bundle: Bundle, fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the run is stopped for a while (Ctrl-Z): it wakes up in the middle of waiting, and the time is over."""
+
+    class Asleep(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> list:
+            if "begin" in fakes.read_text() and not slept:
+                slept.append(True)
+                time.sleep(2)
+                return []
+            return super().select(timeout)
+
+    slept: list[bool] = []
+    monkeypatch.setattr(selectors, "DefaultSelector", Asleep)
+    rows = run(make_files(tmp_path / "v", "0.3s-1"), bundle, timeout_seconds=1)
+    assert slept
+    assert rows["0.3s-1"].status == "ok"
+    assert fakes.read_text().count("begin") == 1, "nothing was tried twice"
 
 
 def test_many_crashes_and_hangs(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:

@@ -75,6 +75,37 @@ def test_names_come_from_standard_input(folder: Path) -> None:
     assert len(rows) == 2
 
 
+def test_a_pattern_on_standard_input_is_a_name(folder: Path) -> None:
+    done = score(folder, "-", "--json", stdin=b"clips/fac[e].mp4\n")
+    assert json.loads(done.stdout)["error"]["type"] == "SourceNotFound"
+
+
+def test_a_folder_that_may_not_be_read(folder: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    (folder / "locked").mkdir(exist_ok=True, mode=0)
+    assert json.loads(score(folder, "locked", "--json").stdout)["error"]["type"] == "SourceNotReadable"
+
+
+def test_standard_output_that_is_closed(folder: Path) -> None:
+    command = (
+        f"exec {shlex.quote(sys.executable)} -m dfengine score clips/face.mp4 --bundle bundle --out closed.jsonl >&-"
+    )
+    done = subprocess.run(["sh", "-c", command], cwd=folder, stderr=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len((folder / "closed.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_name_that_the_output_has_no_letters_for(folder: Path) -> None:
+    (folder / "über.mp4").symlink_to("clips/face.mp4")
+    command = [sys.executable, "-m", "dfengine", "score", "über.mp4", "clips/face.mp4", "--bundle", "bundle", "-q"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\xfcber.mp4\tok" in done.stdout
+    assert len(done.stdout.splitlines()) == 3
+
+
 def test_a_folder_without_videos_is_a_row(folder: Path) -> None:
     (folder / "empty").mkdir(exist_ok=True)
     done = score(folder, "empty", "--json")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +39,8 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from dfengine.decode import open_video
 from dfengine.decode import video as video_module
-from dfengine.errors import DecodeError, DfengineError, InputError, NotAVideo, SourceNotFound
+from dfengine.decode.cpu import to_image
+from dfengine.errors import DecodeError, DfengineError, InputError, NotAVideo, SourceNotFound, SourceNotReadable
 from dfengine.sampling import KEYFRAME_STEP_FRAMES, MAX_SNAP_FRAMES, Mode, Policy, nearest
 from dfengine.types import Frames, Image
 
@@ -311,6 +314,67 @@ def test_an_absurd_stated_duration_costs_no_memory(made: MakeClip, tmp_path: Pat
     path.write_bytes(stated_duration_mkv(made(DAMAGED[1]).read_bytes(), seconds))
     _, mib = decode_measured(path)
     assert mib < 200
+
+
+def to_ts(path: Path, out: Path, shift_seconds: float = 0.0) -> bytes:
+    """The packets of a file in an MPEG transport stream, later by ``shift_seconds``."""
+    with av.open(str(path)) as source, av.open(str(out), "w", format="mpegts") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.pts += int(shift_seconds / packet.time_base)
+                packet.dts += int(shift_seconds / packet.time_base)
+                packet.stream = copy
+                target.mux(packet)
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shifts", [(0, 0), (20, 0)], ids=["both from 0", "earlier"])
+def test_joined_files_are_seen_to_the_end(made: MakeClip, tmp_path: Path, shifts: tuple[int, int], mode: Mode) -> None:
+    parts = [to_ts(made(clip), tmp_path / "part.ts", s) for clip, s in zip((B_PYRAMID, TWO_KEYS), shifts, strict=True)]
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(parts))
+    frames, decoded, warnings = decode(path, "uniform:9", mode)
+    count = B_PYRAMID.frames + TWO_KEYS.frames
+    assert decoded == count
+    assert frames.index.tolist() == np.linspace(0, count - 1, 9).round().astype(int).tolist()
+    assert warnings == ["the clock goes back in the middle, as in joined files; frames are counted instead"]
+
+
+def test_a_clock_that_jumps_hides_nothing(made: MakeClip, tmp_path: Path) -> None:
+    parts = [to_ts(made(B_PYRAMID), tmp_path / "part.ts", shift) for shift in (0, 5000)]
+    path = tmp_path / "gap.ts"
+    path.write_bytes(b"".join(parts))
+    frames, _, warnings = decode(path, "uniform:9")
+    assert frames.index.tolist() == [0, 10, 20, 30, 40, 49, 59, 69, 79]
+    assert warnings == ["there is no frame for 4998 s"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM, errno.EMFILE])
+@pytest.mark.parametrize("when", ["open", "read"])
+def test_a_fault_of_the_machine_is_none_of_the_file(
+    made: MakeClip, monkeypatch: pytest.MonkeyPatch, number: int, when: str
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise av.error.FFmpegError(number, os.strerror(number))
+
+    if when == "open":
+        monkeypatch.setattr("dfengine.decode.video.open_media", fail)
+    else:
+        monkeypatch.setattr("dfengine.decode.video.NalFormat.may_begin", fail)
+    with pytest.raises(SourceNotReadable, match=r"the file cannot be read \(.*\); score it again when it can"):
+        decode(made(H264_KEYS), "uniform:5")
+
+
+def test_gray_with_alpha_is_gray(tmp_path: Path) -> None:
+    frame = av.VideoFrame(6, 4, "ya8")
+    plane = frame.planes[0]
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(4, plane.line_size)
+    rows[:, 0:12:2], rows[:, 1:12:2] = np.arange(6) * 40, 255
+    image = to_image(frame)
+    np.testing.assert_allclose(image.components[0], np.tile(np.arange(6) * 40, (4, 1)), atol=1)
 
 
 def test_avi_counts_frames_where_packets_state_no_time(made: MakeClip) -> None:

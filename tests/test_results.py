@@ -375,7 +375,38 @@ def test_a_submission_is_complete_at_every_moment(tmp_path: Path, monkeypatch: p
         output.write(VideoScore("b/m.mp4", "no_face", request="22"))
         output.finish(complete=True)
     assert path.read_text() == "filename,label\na.mp4,0.25\nm.mp4,0.25\nz.mp4,0.125\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["sub.csv"]
+    with Output(inputs, submission=path, resume=True) as output:  # it was complete, and its labels stay
+        assert set(output.done) == {"00", "11", "22"}
+    assert path.read_text() == "filename,label\na.mp4,0.5\nm.mp4,0.5\nz.mp4,0.125\n"
+
+
+def test_a_folder_without_videos_has_a_name_in_a_submission(tmp_path: Path) -> None:
+    Submission(tmp_path / "s.csv", ["empty/", "a/none/"], missing_label=0.5).save()
+    assert (tmp_path / "s.csv").read_text() == "filename,label\nempty,0.5\nnone,0.5\n"
+
+
+def test_a_table_that_somebody_has_edited(tmp_path: Path) -> None:
+    path = tmp_path / "o.csv"
+    with Journal(path, inputs_of(ALL)) as journal:
+        for score in ALL:
+            journal.write(score)
+        journal.finish()
+    with path.open(newline="") as file:
+        rows = [row | {"note": "seen"} for row in csv.DictReader(file)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with Journal(path, inputs_of(ALL), resume=True) as journal:
+        for score in ALL:
+            if score.request not in journal.done:
+                journal.write(score)
+        journal.finish()
+    with path.open(newline="") as file:
+        assert [tuple(row) for row in csv.DictReader(file)] == [results.COLUMNS] * len(ALL)
+    path.write_text(path.read_text().replace(f"{OK.p_fake}", "high", 1))
+    with pytest.raises(OutputError, match=r"this is no table of results: p_fake of .* is 'high'"):
+        Journal(path, inputs_of(ALL), resume=True)
 
 
 def test_a_submission_beside_other_results(tmp_path: Path) -> None:

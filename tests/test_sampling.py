@@ -167,6 +167,16 @@ def test_variable_rate_is_sampled_by_time_and_counted_by_frame() -> None:
     assert frames_of("first:2", timeline) == [0, 1]
 
 
+def test_a_clock_that_jumps_is_sampled_by_frame() -> None:
+    half = np.arange(50) / 25
+    gap = np.concatenate([half, half + 50_000])
+    assert frames_of("uniform:9", gap) == [0, 12, 25, 37, 50, 62, 74, 87, 99]
+    wild = np.append(np.arange(99) / 25, 1e6)
+    assert frames_of("uniform:9", wild) == [0, 12, 25, 37, 50, 62, 74, 87, 99]
+    assert frames_of("uniform:9:2", wild) == [0, 12]
+    assert frames_of("uniform:9", np.array([0.0, 1.0, 2.0])) == [0, 1, 2], "few frames are no jump"
+
+
 @pytest.mark.parametrize(
     ("values", "wanted", "expected"),
     [

@@ -61,6 +61,8 @@ def _check_source(path: PathLikeStr) -> None:
     except (OSError, ValueError) as error:  # name too long, a NUL in it
         raise SourceNotFound(f"the name cannot be looked up ({error})", path=path, stage=STAGE) from None
     if stat.S_ISDIR(status.st_mode):
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise SourceNotReadable("the folder may not be read; check its permissions", path=path, stage=STAGE)
         raise NotAVideo("this is a folder; name a video in it", path=path, stage=STAGE)
     if not stat.S_ISREG(status.st_mode):
         raise NotAVideo(

@@ -100,12 +100,12 @@ class CpuDecoder:
 def to_image(frame: VideoFrame) -> Image:
     """Views a decoded frame as an Image. Planar formats of 8 to 16 bits are not copied.
 
-    Others (palettes, packed RGB, packed YUV, floats, big-endian) go through swscale to planar RGB or 4:4:4 first.
+    Others (palettes, packed RGB, packed YUV, floats, big-endian) go through swscale to planar RGB, gray or 4:4:4 first.
     """
     layout = frame.format
     components = [c for c in layout.components if not c.is_alpha]
     if (
-        (not layout.is_planar and len(components) > 1)
+        (not layout.is_planar and len(layout.components) > 1)
         or layout.has_palette
         or layout.is_big_endian
         or layout.is_bit_stream
@@ -114,7 +114,7 @@ def to_image(frame: VideoFrame) -> Image:
         or len({c.plane for c in components}) != len(components)
         or not all(8 <= c.bits <= 16 for c in components)
     ):
-        target = "gbrp" if layout.is_rgb or layout.has_palette else "yuv444p"
+        target = "gbrp" if layout.is_rgb or layout.has_palette else "gray" if len(components) == 1 else "yuv444p"
         return to_image(frame.reformat(format=target))
     depth = components[0].bits
     dtype = np.uint8 if depth == 8 else np.uint16

@@ -5,6 +5,7 @@ Decoding itself is a PacketDecoder's: on the CPU (cpu.py) or by NVDEC (nvdec.py)
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from dfengine.decode.nal import NalFormat
-from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, UnsupportedVideo
+from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, SourceNotReadable, UnsupportedVideo
 from dfengine.media import open_media
 from dfengine.sampling import MAX_SNAP_FRAMES, Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
 from dfengine.types import F64, Bool, Frames, Image, PathLikeStr
@@ -41,6 +42,18 @@ KEPT_BYTES = 32 << 20
 # duration of the last packet, and rounding by muxers that write milliseconds or whole frames.
 TRUNCATION_SLACK_SECONDS = 0.5
 TRUNCATION_SLACK_RATIO = 0.05
+
+# Packets are read in the order of decoding, and their decoding times rise. Where they fall by more than this another
+# file begins, with a clock of its own. Chosen: above what damage and rounding do, below any video worth joining.
+RESTART_SECONDS = 0.3
+
+# A warning tells of longer times without a frame. Chosen: slides stand for a minute, a clock that jumps leaves more.
+LONG_GAP_SECONDS = 60.0
+
+# What went wrong is no fault of the file: the disk, the network it lies on, memory, too many open files, permissions.
+_OF_THE_MACHINE = frozenset(
+    {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM}
+)
 
 # Times closer than this are equal: sums of float64 seconds, where the finest clocks in use tick at 1 ns to 1 us.
 TIE_SECONDS = 1e-7
@@ -174,6 +187,7 @@ class Video:
                     "the file was there and is gone; score it again from where it is now", path=self.path, stage="open"
                 ) from None
             except av.FFmpegError as error:
+                self._raise_if_of_the_machine(error, "open")
                 raise NotAVideo(
                     f"no video container was recognised ({_text(error)}); dfengine reads what FFmpeg reads",
                     path=self.path,
@@ -275,7 +289,15 @@ class Video:
             yield flush(is_last=True)
         self._judge(found, len(wanted))
 
+    def _raise_if_of_the_machine(self, error: av.FFmpegError, stage: str) -> None:
+        """The file may be good all the same: another time it can be read."""
+        if error.errno in _OF_THE_MACHINE:
+            raise SourceNotReadable(
+                f"the file cannot be read ({_text(error)}); score it again when it can", path=self.path, stage=stage
+            ) from None
+
     def _note_read_error(self, error: av.FFmpegError) -> None:
+        self._raise_if_of_the_machine(error, STAGE)
         self.warnings.append(f"reading stopped early ({_text(error)})")
 
     def _judge(self, found: int, wanted: int) -> None:
@@ -300,6 +322,7 @@ class Video:
         # AVI states the order of decoding only; the times that FFmpeg guesses from it are wrong with B-pictures.
         timed = self._container.format.name != "avi"
         last_end = 0.0
+        decoded_at, restarts = -np.inf, False
         kept_bytes = 0
         nal = NalFormat(self._stream.codec_context)
         try:
@@ -316,6 +339,9 @@ class Video:
                     raise UnsupportedVideo(_ENCRYPTED, path=self.path, stage=STAGE)
                 if packet.pts is None:
                     timed = False
+                if packet.dts is not None:
+                    decoded_before, decoded_at = decoded_at, float(packet.dts * packet.time_base)
+                    restarts |= decoded_before - decoded_at > RESTART_SECONDS
                 seconds.append(float(stamp * packet.time_base) if stamp is not None else np.nan)
                 is_key.append(packet.is_keyframe and nal.may_begin(bytes(packet)))
                 shown.append(not packet.is_discard)
@@ -327,15 +353,21 @@ class Video:
                 for decoder in self._decoders:
                     decoder.examine(packet)
         except av.FFmpegError as error:
+            self._raise_if_of_the_machine(error, STAGE)
             warnings.append(f"reading stopped after {len(seconds)} video packets ({_text(error)})")
         times = np.array(seconds, np.float64)
         rate = float(self._stream.average_rate or self._stream.base_rate or 25)
-        if np.isnan(times).any():  # no clock at all: count
+        if restarts:  # files that were joined end to end: sorted by time, one would hide the other
+            warnings.append("the clock goes back in the middle, as in joined files; frames are counted instead")
+            last_end = np.inf  # the header speaks of one of the clocks
+        if restarts or np.isnan(times).any():  # no clock for all of it: count
             times, timed = np.arange(len(times)) / rate, False
         is_shown = np.array(shown, bool)
         timeline = np.unique(times[is_shown])
         if len(timeline) == 0:
             raise NotAVideo("the video stream has no frames", path=self.path, stage=STAGE)
+        if len(timeline) > 1 and (gap := float(np.diff(timeline).max())) > LONG_GAP_SECONDS:
+            warnings.append(f"there is no frame for {gap:.0f} s")
         missing = self._missing_seconds(last_end)
         stated = timeline
         if missing > 0:
