@@ -47,8 +47,8 @@ class Engine:
     policy, or a number N for uniform:N; ``mode``: "exact", "reference" or "keyframe" (see dfengine.sampling). Both
     default to the bundle's. ``workers``: videos that ``stream`` scores at a time, by default one a core, or 16 on a
     GPU. ``threads``: cores to use, by default all. ``memory_bytes``: decoded frames held at a time, by video; a limit
-    that splits a video changes scores in exact mode by rounding only, but that a person who is
-    missed in frames at the split is not filled in there; in the other modes as other boxes of the same faces do.
+    that splits a video changes scores in exact mode by rounding only, but that a person who is missed in frames at the
+    split is not filled in there; in the other modes as other boxes of the same faces do.
 
     Note [The GPU is shared by videos]
     There is one main path. On a GPU each of ``workers`` threads goes along it with a video of its own and a stream of
