@@ -167,11 +167,10 @@ def run_broken(words: list[str], out: Path, kills: int, seconds: float, rng: ran
     for i in range(kills):
         run = Run([*words, "--resume"], out)
         time.sleep(rng.uniform(0.1, 2 * seconds / (kills + 1)))
-        finished = not run.running()
-        orphans = [] if finished else run.kill()
-        if finished:
+        if not run.running():
             print(f"  the run was over before kill {i + 1}")
             break
+        orphans = run.kill()
         killed_at.append(run.rows())
         time.sleep(2)
         alive = [pid for pid in orphans if _resident_mib(pid) > 0]

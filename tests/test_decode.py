@@ -423,7 +423,7 @@ BT2020_NCL = 9  # AVCOL_SPC_BT2020_NCL; PyAV names it in no enum
     ],
 )
 def test_colour_tags(tmp_path: Path, codec: str, pix_fmt: str, tags, expected) -> None:
-    # With B-pictures, x265 takes the decoding times of so short a stream from memory that it never wrote.
+    # With B-pictures x265 now and then gives so short a stream decoding times that no container takes.
     options = {"x265-params": "log-level=none:pools=1:bframes=0"} if codec == "libx265" else {}
     clip = Clip("tags.mkv", codec, pix_fmt, wh=(64, 48), frames=2, options=options,
                 colorspace=tags[0], color_range=tags[1])  # fmt: skip

@@ -375,6 +375,7 @@ def test_a_submission_is_complete_at_every_moment(tmp_path: Path, monkeypatch: p
         output.write(VideoScore("b/m.mp4", "no_face", request="22"))
         output.finish(complete=True)
     assert path.read_text() == "filename,label\na.mp4,0.25\nm.mp4,0.25\nz.mp4,0.125\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sub.csv", "sub.csv.journal.jsonl"]
     with Output(inputs, submission=path, resume=True) as output:  # it was complete, and its labels stay
         assert set(output.done) == {"00", "11", "22"}
     assert path.read_text() == "filename,label\na.mp4,0.5\nm.mp4,0.5\nz.mp4,0.125\n"
