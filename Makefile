@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) dfengine/_boxes.pyx
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) dfengine/stages/_boxes.pyx
 
 .PHONY: demo test lint bench train-default clean
 
@@ -33,6 +33,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The benchmarks need videos: make bench VIDEOS=path/to/folder
 bench: $(VENV)/dev.stamp

@@ -18,13 +18,13 @@ import torch
 from facenet_pytorch import MTCNN
 from numpy.typing import NDArray
 
-from dfengine.aggregate import Verdict, judge
 from dfengine.bundle import Bundle, ModelSpec
-from dfengine.crop import crop_boxes
-from dfengine.detect import Detector
+from dfengine.gpu.torch import to_module
 from dfengine.runtime import CpuDevice
-from dfengine.runtime.torch import to_module
-from dfengine.track import Linker, select
+from dfengine.stages.aggregate import Verdict, judge
+from dfengine.stages.crop import crop_boxes
+from dfengine.stages.detect import Detector
+from dfengine.stages.track import Linker, select
 from dfengine.types import F32, Faces, Frames, Image
 
 # Frames that MTCNN sees at a time. Of the published systems that batch, one takes 8 and one 60; on two cores 1 to 8

@@ -25,10 +25,10 @@ from unittest import mock
 from benchmarks.engine import DFDC_CLIPS, FRAMES, MODES, difference
 from benchmarks.harness import save
 from dfengine import Bundle, Engine
-from dfengine.decode import open_video
+from dfengine.devices import resolve_device
 from dfengine.errors import DeviceError
-from dfengine.runtime import resolve_device
 from dfengine.sampling import Policy, parse_mode
+from dfengine.stages.decode import open_video
 from dfengine.types import Frames, VideoScore
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import onnx
 
 from dfengine.bundle import Bundle
-from dfengine.cuda import Gpu
 from dfengine.errors import DeviceError, DfengineError
-from dfengine.runtime import backends
-from dfengine.runtime.executor import Executor, Profile
+from dfengine.gpu import backends
+from dfengine.gpu.executor import Executor, Profile
+from dfengine.gpu.lanes import Gpu
 from dfengine.runtime.openvino import OpenVinoSession
 
 from .harness import save, time_calls

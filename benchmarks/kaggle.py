@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from benchmarks.harness import save
 from benchmarks.nets import make_bundle
 from dfengine import Bundle, Engine
-from dfengine.batch import VIDEO_SUFFIXES
-from dfengine.deadline import parse_duration
+from dfengine.jobs.deadline import parse_duration
+from dfengine.jobs.run import VIDEO_SUFFIXES
 from dfengine.types import Plan
 
 FRAMES = (8, 17, 30)

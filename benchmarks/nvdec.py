@@ -17,10 +17,11 @@ import av
 import numpy as np
 
 from benchmarks.harness import save
-from dfengine.cuda import Gpu
-from dfengine.decode import DecoderPool, open_video
 from dfengine.errors import DeviceError
+from dfengine.gpu.lanes import Gpu
+from dfengine.gpu.nvdec import NvdecPool
 from dfengine.sampling import Mode, Policy
+from dfengine.stages.decode import open_video
 
 POLICY = Policy.parse("uniform:17")
 MODES: tuple[Mode, ...] = ("exact", "reference")  # all frames, and those that others depend on
@@ -39,7 +40,7 @@ def make_clip(folder: Path) -> Path:
     return path
 
 
-def differs_from_cpu(gpu: Gpu, pool: DecoderPool, path: Path, mode: Mode) -> str:
+def differs_from_cpu(gpu: Gpu, pool: NvdecPool, path: Path, mode: Mode) -> str:
     """Why a video is left out: NVDEC does not take it, or gives other planes. "" if it is taken."""
     lane = gpu.lane()
     with open_video(path, lane=lane, pool=pool) as video:
@@ -59,7 +60,7 @@ def differs_from_cpu(gpu: Gpu, pool: DecoderPool, path: Path, mode: Mode) -> str
 
 def measure(gpu: Gpu, videos: list[Path], mode: Mode, sessions: int, seconds: float) -> dict[str, Any]:
     """Whole videos on ``sessions`` threads until the time is over; those in work then are finished and counted."""
-    pool = DecoderPool(gpu, sessions)
+    pool = NvdecPool(gpu, sessions)
     counts: list[tuple[int, int]] = []
     failures: list[BaseException] = []
     everyone = threading.Barrier(sessions + 1)
@@ -124,7 +125,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         gpu = Gpu.open()
-        pool = DecoderPool(gpu, 1)
+        pool = NvdecPool(gpu, 1)
     except DeviceError as error:
         print(error, file=sys.stderr)
         return 2

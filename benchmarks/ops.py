@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import save, time_calls
-from dfengine import _kernels
+from dfengine.stages import _kernels
 from dfengine.types import F32, Image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as most models of this field have it

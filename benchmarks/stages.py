@@ -15,12 +15,12 @@ from typing import Any
 from benchmarks.harness import save, time_calls
 from benchmarks.nets import NETS, make_bundle
 from dfengine import Bundle
-from dfengine.crop import crop_tracks
-from dfengine.decode import open_video
-from dfengine.detect import Detector
 from dfengine.runtime import CpuDevice
 from dfengine.sampling import Policy
-from dfengine.track import Linker
+from dfengine.stages.crop import crop_tracks
+from dfengine.stages.decode import open_video
+from dfengine.stages.detect import Detector
+from dfengine.stages.track import Linker
 from dfengine.types import Frames
 
 POLICY = Policy.parse("uniform:17")

@@ -38,8 +38,8 @@ class DetectorSettings:
     thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)
     pyramid_factor: float = 0.709
     # In reference and keyframe mode every stride-th sampled frame goes through the whole cascade, those between only
-    # where that is needed (Note [Frames between] in dfengine.detect). Of 2, 3 and 4, three changed the scores of 16
-    # clips least for what it saved: mean .006, where a different colour conversion changes them by .005.
+    # where that is needed (Note [Frames between] in dfengine.stages.detect). Of 2, 3 and 4, three changed the scores of
+    # 16 clips least for what it saved: mean .006, where a different colour conversion changes them by .005.
     stride: int = 3
     # A frame whose brightest pixels (99th percentile of luma, 0..255) stay below this gets a second try, brightened.
     # 150 is the limit of github.com/zengm71/DeepFakeChallenge, which names dark frames as its main misses.
@@ -51,7 +51,7 @@ class DetectorSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingSettings:
-    """When faces are one person, and which persons count. See dfengine.track for how they are used."""
+    """When faces are one person, and which persons count. See dfengine.stages.track for how they are used."""
 
     # Low, because samples lie half a second apart: a face that moved by two thirds of its width still overlaps with
     # itself at .2. Faces of different people hardly overlap, and the best pairs are taken first. At the .3 usual for
@@ -96,7 +96,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioSettings:
-    """What a member of kind "audio" hears. See dfengine.audio for how the log-mel is made."""
+    """What a member of kind "audio" hears. See dfengine.stages.audio for how the log-mel is made."""
 
     # 16 kHz, windows of 25 ms every 10 ms, 64 bands from 60 to 7800 Hz: the front end of YouTube's VGGish (Hershey et
     # al. 2017, arXiv:1609.09430, has 125 to 7500 Hz), widened at both ends: synthetic voices differ in the highs.
@@ -122,7 +122,7 @@ class ModelSpec:
 
     ``kind`` says what goes in: "frame" takes crops (B, 3, H, W); "clip" takes (B, clip_frames, 3, H, W), crops of one
     person in order of time; "audio" takes clips and, as a second input, the log-mel of the sound (B, bands, frames).
-    How a track is cut into clips is in dfengine.backbone.clip_rows.
+    How a track is cut into clips is in dfengine.stages.backbone.clip_rows.
     """
 
     name: str

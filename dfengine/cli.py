@@ -32,13 +32,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dfengine import __version__, results
-from dfengine.batch import Batch, expand_inputs
+from dfengine import __version__
 from dfengine.bundle import Bundle
-from dfengine.deadline import parse_duration
 from dfengine.errors import DfengineError, OutputError, display_path
+from dfengine.gpu.backends import compile_bundle
 from dfengine.info import build_info, devices, packaged_bundles
-from dfengine.runtime.backends import compile_bundle
+from dfengine.jobs import results
+from dfengine.jobs.deadline import parse_duration
+from dfengine.jobs.run import Batch, expand_inputs
 from dfengine.types import VideoScore
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130

@@ -14,18 +14,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dfengine.aggregate import judge
-from dfengine.audio import Sound, load_log_mel
-from dfengine.backbone import BATCH_CROPS, Backbone
 from dfengine.bundle import Bundle, ModelSpec
-from dfengine.crop import crop_tracks
-from dfengine.cuda import CACHE_BYTES
-from dfengine.decode import DEFAULT_MEMORY_BYTES, DecoderPool, Video, open_video
-from dfengine.detect import Detector
-from dfengine.errors import DeviceError, DfengineError, OptionError, display_path
-from dfengine.runtime import Device, open_device
+from dfengine.devices import open_decoders, open_device
+from dfengine.errors import DfengineError, OptionError, display_path
+from dfengine.gpu.lanes import CACHE_BYTES
+from dfengine.runtime import Device
 from dfengine.sampling import Policy, parse_mode
-from dfengine.track import Linker, select
+from dfengine.stages.aggregate import judge
+from dfengine.stages.audio import Sound, load_log_mel
+from dfengine.stages.backbone import BATCH_CROPS, Backbone
+from dfengine.stages.crop import crop_tracks
+from dfengine.stages.decode import DEFAULT_MEMORY_BYTES, Video, open_video
+from dfengine.stages.detect import Detector
+from dfengine.stages.track import Linker, select
 from dfengine.types import F64, Crops, ErrorInfo, PathLikeStr, Plan, Tracks, VideoScore
 
 log = logging.getLogger("dfengine")
@@ -53,7 +54,7 @@ class Engine:
     Note [The GPU is shared by videos]
     There is one main path. On a GPU each of ``workers`` threads goes along it with a video of its own and a stream of
     its own, so that one video is decoded while another is searched for faces and a third is judged; what overlaps is
-    whole videos. Networks serve all threads and put rows of several videos into one batch (dfengine.runtime.batching).
+    whole videos. Networks serve all threads and put rows of several videos into one batch (dfengine.gpu.batching).
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Engine:
         self.cores = threads or usable_cores()
         self._memory_bytes = memory_bytes
         self._device = open_device(device) if isinstance(device, str) else device
-        self._decoders, self._no_decoders = _make_decoders(self._device)
+        self._decoders, self._no_decoders = open_decoders(self._device)
         self.device = self._device.name
         self.workers = workers or default_workers(self._device.gpu is not None, self.cores)
         self._nets: tuple[Detector, Backbone] | None = (
@@ -266,16 +267,6 @@ def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | No
         mode=parse_mode(mode) if mode is not None else bundle.sampling_mode,
         members=tuple(m.name for m in bundle.members),
     )
-
-
-def _make_decoders(device: Device) -> tuple[DecoderPool | None, str]:
-    """The decoders of a GPU, or why videos are decoded on the CPU all the same."""
-    if device.gpu is None:
-        return None, ""
-    try:
-        return DecoderPool(device.gpu), ""
-    except DeviceError as error:
-        return None, error.message
 
 
 def default_workers(on_gpu: bool, cores: int) -> int:

@@ -7,9 +7,9 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from dfengine import _kernels
 from dfengine.bundle import PACKAGED, Bundle
-from dfengine.runtime.backends import explain_cuda
+from dfengine.gpu.backends import explain_cuda
+from dfengine.stages import _kernels
 
 # Without these pieces nothing is scored on a GPU. Without NVDEC frames are decoded by the CPU.
 NEEDED = ("kernel", "pycuda", "gpu", "networks")

@@ -22,10 +22,10 @@ Bool = NDArray[np.bool_]
 
 
 class DeviceMemory(Protocol):
-    """An array on a GPU: what dfengine.cuda.DeviceArray is to the stages."""
+    """An array on a GPU: what dfengine.gpu.lanes.DeviceArray is to the stages."""
 
     pointer: int
-    lane: Any  # the dfengine.cuda.Lane in the order of whose stream it is written
+    lane: Any  # the dfengine.gpu.lanes.Lane in the order of whose stream it is written
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     nbytes: int

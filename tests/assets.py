@@ -23,6 +23,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, ModelSpec, to_json
+from dfengine.stages.media import READ_ALL_TITLES
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
 
@@ -398,7 +399,7 @@ class Decoded:
 def decode_plainly(path: Path, *, skip: str = "DEFAULT") -> list[Decoded]:
     """All frames in the order in which FFmpeg gives them, on one thread, damaged ones left out."""
     frames = []
-    with av.open(str(path), metadata_errors="replace") as container:
+    with av.open(str(path), **READ_ALL_TITLES) as container:
         stream = next(s for s in container.streams.video)
         stream.codec_context.thread_count = 1
         stream.codec_context.skip_frame = skip
@@ -426,7 +427,7 @@ def _planes(frame: av.VideoFrame) -> tuple[NDArray[np.generic], ...]:
 
 def packet_times(path: Path) -> NDArray[np.float64]:
     """Presentation times of the packets that are shown, ascending; NaN for each that states none."""
-    with av.open(str(path), metadata_errors="replace") as container:
+    with av.open(str(path), **READ_ALL_TITLES) as container:
         return np.sort(
             [
                 float(p.pts * p.time_base) if p.pts is not None else np.nan
@@ -439,7 +440,7 @@ def packet_times(path: Path) -> NDArray[np.float64]:
 # Decodes in a process of its own, so that what a hostile header makes it allocate can be measured and limited.
 _MEASURED = """
 import resource, sys
-from dfengine.decode import open_video
+from dfengine.stages.decode import open_video
 from dfengine.errors import InputError
 from dfengine.sampling import Policy
 def peak_kib(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

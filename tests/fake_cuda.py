@@ -1,4 +1,4 @@
-"""A GPU of host memory: what dfengine.cuda uses of pycuda.driver and of cuda.bindings.driver, in NumPy.
+"""A GPU of host memory: what dfengine.gpu.lanes uses of pycuda.driver and of cuda.bindings.driver, in NumPy.
 
     gpu = FakeGpu(memory_bytes=1 << 20)
     with gpu.lane() as lane:                     # the real Lane over the stand-ins
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.cuda import Gpu, Lane
+from dfengine.gpu.lanes import Gpu, Lane
 
 FakeLane = Lane  # there is only one kind
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from fake_cuda import FakeGpu, array_of
 
-from dfengine import _kernels
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.cuda import DeviceArray
 from dfengine.errors import DeviceMemoryError
+from dfengine.gpu.batching import BatchingSession, Outputs
+from dfengine.gpu.device import GpuDevice
+from dfengine.gpu.lanes import DeviceArray
 from dfengine.runtime import CpuDevice
-from dfengine.runtime.batching import BatchingSession, Outputs
-from dfengine.runtime.gpu import GpuDevice
+from dfengine.stages import _kernels
 from dfengine.types import Dtype, Image
 
 

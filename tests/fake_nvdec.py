@@ -1,7 +1,7 @@
-"""PyNvVideoCodec of FFmpeg and host memory: what dfengine.decode.nvdec uses of the package, and faults on demand.
+"""PyNvVideoCodec of FFmpeg and host memory: what dfengine.gpu.nvdec uses of the package, and faults on demand.
 
     nvc = FakeNvc(fail_at=7)
-    pool = DecoderPool(FakeGpu(), nvc=nvc)
+    pool = NvdecPool(FakeGpu(), nvc=nvc)
 
 It decodes what it is given, into buffers that the next Decode overwrites, with NVDEC's habits: pictures whose size
 changes are scaled to the first size, and what was damaged is concealed. A wait between streams that is missing is not
@@ -19,7 +19,7 @@ import av
 import numpy as np
 from av.codec.context import CodecContext
 
-from dfengine.decode.cpu import to_image
+from dfengine.stages.decode.cpu import to_image
 
 SUPPORTED = {
     "supported": 1,

@@ -1,4 +1,4 @@
-"""What dfengine.runtime.tensorrt uses of the module tensorrt (or tensorrt_rtx), over the memory of a FakeGpu.
+"""What dfengine.gpu.tensorrt uses of the module tensorrt (or tensorrt_rtx), over the memory of a FakeGpu.
 
 A plan is the ONNX with its profile; what is enqueued is computed by OpenVINO. Rules that a real context has and breaks
 silently are asserted here: addresses are set, shapes are within the profile, a captured context keeps its shapes.

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from dfengine.bundle import PACKAGED, AudioSettings, Bundle, DetectorSettings, ModelSpec
-from dfengine.runtime.executor import Profile, detector_profiles, member_profiles
+from dfengine.gpu.executor import Profile, detector_profiles, member_profiles
 
 PACKAGED_NETWORKS = sorted(f"{f.parent.name}/{f.stem}" for f in PACKAGED.glob("*/*.onnx"))
 CLIPS = ["lstm", "relu_lstm", "audio"]

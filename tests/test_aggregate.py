@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE
 
-from dfengine.aggregate import blend_members, judge, pool_frames, sigmoid, to_logit
 from dfengine.bundle import Aggregation, Bundle, Calibration, ModelSpec
+from dfengine.stages.aggregate import blend_members, judge, pool_frames, sigmoid, to_logit
 from dfengine.types import Tracks
 
 CLOSE = TOLERANCE["aggregate", "float64"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from assets import FACE, NOBODY, write_clip
 
-from dfengine.audio import decode_mono, load_log_mel, log_mel, mel_filters
 from dfengine.bundle import AudioSettings
+from dfengine.stages.audio import decode_mono, load_log_mel, log_mel, mel_filters
 
 SETTINGS = AudioSettings(seconds=0.5)
 

@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")  # the `train` extra
 
 from dfengine.bundle import ModelSpec  # noqa: E402
-from dfengine.crop import crop_faces  # noqa: E402
 from dfengine.errors import OptionError  # noqa: E402
+from dfengine.stages.crop import crop_faces  # noqa: E402
 from dfengine.types import Image  # noqa: E402
 from training.augment import AugmentSettings, Draws, augment_pixels, jitter_boxes, mix, through_h264  # noqa: E402
 

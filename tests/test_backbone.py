@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE
 
-from dfengine.backbone import BATCH_CROPS, Backbone
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.errors import InferenceError
 from dfengine.runtime.openvino import _part_rows, _parts
+from dfengine.stages.backbone import BATCH_CROPS, Backbone
 from dfengine.types import Crops
 
 HW = (6, 5)

@@ -19,12 +19,12 @@ import fake_scorers
 import pytest
 from assets import write_bundle
 
-from dfengine.batch import Batch, expand_inputs
 from dfengine.bundle import Bundle
 from dfengine.engine import usable_cores
 from dfengine.errors import DeviceError, OptionError, WorkerCrashed
+from dfengine.jobs.run import Batch, expand_inputs
+from dfengine.jobs.worker import Died, Process, Scored, Setup, Task
 from dfengine.types import Plan, VideoScore
-from dfengine.worker import Died, Process, Scored, Setup, Task
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_a_result_that_was_sent_is_kept_when_its_worker_dies(bundle: Bundle, fak
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run believes that there is a GPU; the scorers are fakes."""
-    monkeypatch.setattr("dfengine.batch.resolve_device", lambda device: "cuda")
+    monkeypatch.setattr("dfengine.jobs.run.resolve_device", lambda device: "cuda")
 
 
 def pids_of(fakes: Path) -> set[int]:
@@ -302,7 +302,7 @@ def test_workers_end_when_their_parent_is_killed(bundle: Bundle, fakes: Path, tm
     """Also in the middle of a video."""
     paths = make_files(tmp_path / "v", "hang-1", "hang-2")
     code = (
-        "import fake_scorers; from dfengine.batch import Batch; "
+        "import fake_scorers; from dfengine.jobs.run import Batch; "
         f"list(Batch({paths}, bundle={str(bundle.folder)!r}, workers=2, make_scorer=fake_scorers.make).run())"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
@@ -316,7 +316,7 @@ def test_workers_end_when_their_parent_is_killed(bundle: Bundle, fakes: Path, tm
 def test_workers_are_replaced_after_some_videos(
     bundle: Bundle, fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfengine.batch.VIDEOS_A_WORKER", 3)
+    monkeypatch.setattr("dfengine.jobs.run.VIDEOS_A_WORKER", 3)
     names = [f"ok-{i}" for i in range(14)]
     assert set(run(make_files(tmp_path / "v", *names), bundle, workers=2)) == set(names)
     pids = [line.split()[2] for line in fakes.read_text().splitlines() if line.startswith("begin")]

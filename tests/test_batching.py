@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dfengine.errors import DeviceMemoryError, InferenceError
-from dfengine.runtime.batching import BatchingSession, Outputs
+from dfengine.gpu.batching import BatchingSession, Outputs
 
 WAIT_SECONDS = 20.0
 

@@ -5,7 +5,7 @@ import pytest
 import reference
 from conftest import TOLERANCE
 
-from dfengine import _boxes
+from dfengine.stages import _boxes
 
 
 def random_boxes(rng, n, extent=100.0):

@@ -21,7 +21,7 @@ import pytest
 from assets import FACE, write_bundle, write_clip
 
 import dfengine
-from dfengine import results
+from dfengine.jobs import results
 
 
 @pytest.fixture(scope="module")

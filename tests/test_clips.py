@@ -17,9 +17,9 @@ from conftest import TOLERANCE
 from fake_gpu import FakeGpuDevice, crop_resize_cuda
 
 from dfengine import Engine
-from dfengine.audio import load_log_mel
-from dfengine.backbone import Backbone, clip_rows
 from dfengine.bundle import AudioSettings, Bundle, ModelSpec, to_json
+from dfengine.stages.audio import load_log_mel
+from dfengine.stages.backbone import Backbone, clip_rows
 from dfengine.types import Crops, Tracks
 
 HW = (6, 5)
@@ -203,7 +203,7 @@ def test_chunks_of_a_video_do_not_move_the_score(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_on_a_gpu_clips_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
     """Crops of clips wait in main memory; sound comes from there."""
-    monkeypatch.setattr("dfengine._kernels.crop_resize_cuda", crop_resize_cuda, raising=False)
+    monkeypatch.setattr("dfengine.stages._kernels.crop_resize_cuda", crop_resize_cuda, raising=False)
     bundle = make_bundle(tmp_path / "b", {"input_hw": (32, 32)}, HEARS)
     rng = np.random.default_rng(0)
     video = with_sound(write_clip(TWO_FACES, tmp_path), rng.normal(0, 0.1, 16000), tmp_path / "sound.mp4")

@@ -14,10 +14,10 @@ from networks import CLIPS, make_network_onnx, profiles_of
 
 from dfengine.bundle import PACKAGED, Bundle
 from dfengine.errors import DeviceError, InferenceError, OptionError
-from dfengine.runtime import backends
-from dfengine.runtime.executor import Profile
-from dfengine.runtime.precision import to_float16
-from dfengine.runtime.tensorrt import TensorRt, import_tensorrt
+from dfengine.gpu import backends
+from dfengine.gpu.executor import Profile
+from dfengine.gpu.precision import to_float16
+from dfengine.gpu.tensorrt import TensorRt, import_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: no engine can be compiled")
 

@@ -8,7 +8,7 @@ import reference
 from conftest import TOLERANCE
 
 from dfengine.bundle import ModelSpec
-from dfengine.crop import crop_boxes, crop_faces, crop_tracks
+from dfengine.stages.crop import crop_boxes, crop_faces, crop_tracks
 from dfengine.types import Image, Tracks
 
 SPEC = ModelSpec(name="m", file="m.onnx", sha256="", input_hw=(6, 5), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))

@@ -15,7 +15,7 @@ import reference
 from conftest import TOLERANCE
 from crop_cases import BOXES, FILTERS, PADDINGS, PLAIN, SUBSAMPLINGS, noise_image
 
-from dfengine._kernels import crop_resize, pyramid
+from dfengine.stages._kernels import crop_resize, pyramid
 from dfengine.types import Image
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -301,7 +301,7 @@ def test_as_swscale_and_pil_see_it(astronaut, pixel_format, colorspace, full_ran
     """The usual way, frame -> RGB -> PIL resize, which the training sets of this field were made with."""
     from PIL import Image as PilImage
 
-    from dfengine.decode.cpu import to_image
+    from dfengine.stages.decode.cpu import to_image
 
     frame, rgb = swscale_frame(astronaut, pixel_format, colorspace, full_range)
     want = PilImage.fromarray(rgb).resize((112, 96), PilImage.Resampling.BILINEAR, box=box)
@@ -525,7 +525,7 @@ def test_bad_images(image, message):
 def test_a_component_that_is_no_array():
     # In a process of its own: such a mistake must not be able to end the caller's.
     code = (
-        "from dfengine._kernels import crop_resize; from dfengine.types import Image; import numpy as np\n"
+        "from dfengine.stages._kernels import crop_resize; from dfengine.types import Image; import numpy as np\n"
         "try:\n"
         "    crop_resize([Image(([[1, 2], [3, 4]],), matrix='gray')], np.ones((0, 4), np.float32),\n"
         "                np.zeros(0, np.int32), out_hw=(2, 2), mean=(0, 0, 0), std=(1, 1, 1))\n"

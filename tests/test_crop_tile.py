@@ -15,7 +15,7 @@ import pytest
 from conftest import TOLERANCE
 from crop_cases import BOXES, PLAIN, Case, device_cases, interleaved, noise_image
 
-from dfengine import _kernels
+from dfengine.stages import _kernels
 from dfengine.types import Image
 
 CSRC = Path(__file__).parents[1] / "csrc"

@@ -1,4 +1,4 @@
-"""dfengine.cuda over a GPU of host memory, and against the names of the real PyCUDA."""
+"""dfengine.gpu.lanes over a GPU of host memory, and against the names of the real PyCUDA."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from fake_cuda import FakeGpu, array_of
 
-from dfengine import cuda
-from dfengine.cuda import DeviceArray, Gpu
 from dfengine.errors import DeviceError, DeviceMemoryError
+from dfengine.gpu import lanes as cuda
+from dfengine.gpu.lanes import DeviceArray, Gpu
 
 
 @pytest.fixture

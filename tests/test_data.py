@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")  # the `train` extra
 from assets import write_face_table  # noqa: E402
 
 from dfengine.bundle import ModelSpec  # noqa: E402
-from dfengine.crop import crop_faces  # noqa: E402
 from dfengine.errors import OptionError  # noqa: E402
+from dfengine.stages.crop import crop_faces  # noqa: E402
 from dfengine.types import Image  # noqa: E402
 from training.augment import AugmentSettings  # noqa: E402
 from training.data import Batch, Batches, DataError, DataSettings, FaceTable, _trim  # noqa: E402

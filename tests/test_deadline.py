@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfengine.bundle import Bundle
-from dfengine.deadline import RESERVE_MIN_SECONDS, Deadline, ladder, parse_duration
 from dfengine.errors import OptionError
+from dfengine.jobs.deadline import RESERVE_MIN_SECONDS, Deadline, ladder, parse_duration
 from dfengine.types import Plan
 
 COSTS = (1.0, 0.8, 0.56, 0.42, 0.38, 0.17)

@@ -37,11 +37,11 @@ from assets import (
 )
 from av.video.reformatter import ColorRange, Colorspace
 
-from dfengine.decode import open_video
-from dfengine.decode import video as video_module
-from dfengine.decode.cpu import to_image
 from dfengine.errors import DecodeError, DfengineError, InputError, NotAVideo, SourceNotFound, SourceNotReadable
 from dfengine.sampling import KEYFRAME_STEP_FRAMES, MAX_SNAP_FRAMES, Mode, Policy, nearest
+from dfengine.stages.decode import open_video
+from dfengine.stages.decode import video as video_module
+from dfengine.stages.decode.cpu import to_image
 from dfengine.types import Frames, Image
 
 MODES: tuple[Mode, ...] = ("exact", "reference", "keyframe")
@@ -361,9 +361,9 @@ def test_a_fault_of_the_machine_is_none_of_the_file(
         raise av.error.FFmpegError(number, os.strerror(number))
 
     if when == "open":
-        monkeypatch.setattr("dfengine.decode.video.open_media", fail)
+        monkeypatch.setattr("dfengine.stages.decode.video.open_media", fail)
     else:
-        monkeypatch.setattr("dfengine.decode.video.NalFormat.may_begin", fail)
+        monkeypatch.setattr("dfengine.stages.decode.video.NalFormat.may_begin", fail)
     with pytest.raises(SourceNotReadable, match=r"the file cannot be read \(.*\); score it again when it can"):
         decode(made(H264_KEYS), "uniform:5")
 

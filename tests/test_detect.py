@@ -10,7 +10,7 @@ import pytest
 from conftest import TOLERANCE
 
 from dfengine.bundle import DetectorSettings
-from dfengine.detect import BATCH_FRAMES, MIN_FACE_PX, Detector
+from dfengine.stages.detect import BATCH_FRAMES, MIN_FACE_PX, Detector
 from dfengine.types import Faces, Image
 
 SETTINGS = DetectorSettings()

@@ -17,10 +17,10 @@ import dfengine
 from dfengine import Engine, VideoScore
 from dfengine import engine as engine_module
 from dfengine.bundle import Bundle
-from dfengine.detect import Detector
 from dfengine.errors import BundleNotFound, DeviceError, OptionError
 from dfengine.runtime import CpuDevice
-from dfengine.track import Linker
+from dfengine.stages.detect import Detector
+from dfengine.stages.track import Linker
 from dfengine.types import Plan
 
 FRAME_BYTES = 320 * 240 * 3 // 2  # of FACE

@@ -19,8 +19,8 @@ from assets import FACE, write_clip
 from training_assets import write_faces
 
 from dfengine import Engine
-from dfengine.aggregate import judge, sigmoid
 from dfengine.bundle import Aggregation, Bundle, Calibration
+from dfengine.stages.aggregate import judge, sigmoid
 from training import evaluate, export, train
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, ExportError, TrainingError

@@ -22,11 +22,11 @@ from assets import moving_face, nobody, truncated, two_faces, write_bundle, writ
 from conftest import TOLERANCE  # noqa: E402
 
 from dfengine.bundle import ModelSpec  # noqa: E402
-from dfengine.crop import crop_faces  # noqa: E402
-from dfengine.decode import open_video  # noqa: E402
 from dfengine.engine import Engine  # noqa: E402
 from dfengine.errors import OptionError  # noqa: E402
 from dfengine.sampling import Policy  # noqa: E402
+from dfengine.stages.crop import crop_faces  # noqa: E402
+from dfengine.stages.decode import open_video  # noqa: E402
 from dfengine.types import Image  # noqa: E402
 from training import faces  # noqa: E402
 from training.faces import ExtractSettings, draw_contact_sheet, extract  # noqa: E402

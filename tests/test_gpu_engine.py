@@ -14,16 +14,17 @@ from fake_cuda import FakeGpu
 from fake_gpu import FakeGpuDevice, crop_resize_cuda
 from fake_nvdec import FakeNvc
 
-from dfengine import Engine, VideoScore, _kernels
-from dfengine.decode import DecoderPool
+from dfengine import Engine, VideoScore
 from dfengine.errors import DeviceError
-from dfengine.track import Linker
+from dfengine.gpu.nvdec import NvdecPool
+from dfengine.stages import _kernels
+from dfengine.stages.track import Linker
 from dfengine.types import Frames
 
 
 @pytest.fixture(autouse=True)
 def fake_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dfengine._kernels.crop_resize_cuda", crop_resize_cuda, raising=False)
+    monkeypatch.setattr("dfengine.stages._kernels.crop_resize_cuda", crop_resize_cuda, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def no_nvdec(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(gpu: Any) -> None:
         raise DeviceError("PyNvVideoCodec is missing; test", stage="device")
 
-    monkeypatch.setattr("dfengine.engine.DecoderPool", refuse)
+    monkeypatch.setattr("dfengine.gpu.nvdec.NvdecPool", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_dark_frames_are_looked_at_where_they_lie(bundle: Path, tmp_path: Path) 
 @pytest.fixture
 def nvdec(monkeypatch: pytest.MonkeyPatch) -> FakeNvc:
     nvc = FakeNvc()
-    monkeypatch.setattr("dfengine.engine.DecoderPool", lambda gpu: DecoderPool(gpu, nvc=nvc))
+    monkeypatch.setattr("dfengine.gpu.nvdec.NvdecPool", lambda gpu: NvdecPool(gpu, nvc=nvc))
     return nvc
 
 
@@ -201,7 +202,7 @@ def test_the_kernels_own_program(
     def emulated(*args: Any, stream: int, **options: Any) -> None:
         _kernels.crop_resize_emulated(*args, **options)
 
-    monkeypatch.setattr("dfengine._kernels.crop_resize_cuda", emulated)
+    monkeypatch.setattr("dfengine.stages._kernels.crop_resize_cuda", emulated)
     with Engine(bundle, device=FakeGpuDevice(dtype="float16")) as engine:
         assert_agree(engine.score(clips[0]), on_cpu[0], TOLERANCE["p_fake", "float16"])
 
@@ -224,7 +225,7 @@ def test_a_video_is_scored_while_another_waits_for_the_decoder(
     bundle: Path, clips: list[Path], nvdec: FakeNvc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decoder is free again as soon as the frames are decoded, not when they are scored."""
-    monkeypatch.setattr("dfengine.engine.DecoderPool", lambda gpu: DecoderPool(gpu, 1, nvc=nvdec))
+    monkeypatch.setattr("dfengine.gpu.nvdec.NvdecPool", lambda gpu: NvdecPool(gpu, 1, nvc=nvdec))
     with Engine(bundle, device=FakeGpuDevice(), workers=2) as engine:
         lent: list[int] = []
         real = engine._nets[0].detect  # type: ignore[index]

@@ -33,11 +33,13 @@ from av.bitstream import BitStreamFilterContext
 from fake_cuda import FakeGpu, array_of
 from fake_nvdec import FakeNvc
 
-from dfengine.decode import DecoderPool, nvdec, open_video
-from dfengine.decode.nal import NalFormat
-from dfengine.decode.video import CannotDecode
 from dfengine.errors import DecodeError, DeviceError, DeviceMemoryError
+from dfengine.gpu import nvdec
+from dfengine.gpu.nvdec import NvdecPool
 from dfengine.sampling import Mode, Policy
+from dfengine.stages.decode import open_video
+from dfengine.stages.decode.nal import NalFormat
+from dfengine.stages.decode.video import CannotDecode
 from dfengine.types import Frames, Image
 
 MODES: tuple[Mode, ...] = ("exact", "reference", "keyframe")
@@ -74,7 +76,7 @@ class Rig:
     def __init__(self, *, size: int = 2, memory_bytes: int = 1 << 30, **faults: object) -> None:
         self.gpu = FakeGpu(memory_bytes)
         self.nvc = FakeNvc(**faults)
-        self.pool = DecoderPool(self.gpu, size, nvc=self.nvc)
+        self.pool = NvdecPool(self.gpu, size, nvc=self.nvc)
         self.lane = self.gpu.lane()
 
     def decode(self, path: Path, policy: str, mode: Mode, *, memory_bytes: int = 1 << 40) -> Decoded:
@@ -364,7 +366,7 @@ def test_video_that_nvdec_is_not_for(made: MakeClip, name: str, reason: str) -> 
 def test_the_driver_is_asked_what_it_takes(made: MakeClip, caps: dict[str, int], reason: str) -> None:
     rig = Rig()
     rig.nvc.caps["h264", 8] = caps
-    pool = DecoderPool(rig.gpu, nvc=rig.nvc)
+    pool = NvdecPool(rig.gpu, nvc=rig.nvc)
     rig.pool = pool
     check_falls_back(rig, made(H264_KEYS), reason)
     asked = rig.nvc.asked
@@ -533,10 +535,10 @@ def test_a_gpu_without_memory_says_so(made: MakeClip) -> None:
 
 def test_the_size_comes_from_the_engines(made: MakeClip) -> None:
     nvc = FakeNvc()
-    assert DecoderPool(FakeGpu(), nvc=nvc).size == 4
+    assert NvdecPool(FakeGpu(), nvc=nvc).size == 4
     nvc.caps["h264", 8] = {"num_decoder_engines": 7}
-    assert DecoderPool(FakeGpu(), nvc=nvc).size == 14
-    assert DecoderPool(FakeGpu(), 3, nvc=nvc).size == 3
+    assert NvdecPool(FakeGpu(), nvc=nvc).size == 14
+    assert NvdecPool(FakeGpu(), 3, nvc=nvc).size == 3
 
 
 def test_decoders_are_used_again_for_equal_parameter_sets_alone(made: MakeClip) -> None:
@@ -661,4 +663,4 @@ def test_a_driver_that_cannot_be_asked(made: MakeClip) -> None:
 
 def test_the_package_that_is_missing_is_named() -> None:
     with pytest.raises(DeviceError, match=r"NVDEC cannot be used: .*; pip install 'dfengine\[gpu\]'"):
-        DecoderPool(FakeGpu())
+        NvdecPool(FakeGpu())

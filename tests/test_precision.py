@@ -13,10 +13,10 @@ from networks import NETWORKS, make_network_onnx, random_inputs, run_float32
 from onnx import TensorProto, helper, numpy_helper
 
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.detect import Detector
 from dfengine.errors import InferenceError
-from dfengine.runtime.precision import to_float16
-from dfengine.runtime.torch import to_module
+from dfengine.gpu.precision import to_float16
+from dfengine.gpu.torch import to_module
+from dfengine.stages.detect import Detector
 from dfengine.types import Image
 
 

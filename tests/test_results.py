@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dfengine import results
 from dfengine.errors import OptionError, OutputError
-from dfengine.results import Journal, Output, Submission, Summary
+from dfengine.jobs import results
+from dfengine.jobs.results import Journal, Output, Submission, Summary
 from dfengine.types import ErrorInfo, FrameScore, TrackScore, VideoScore
 
 OK = VideoScore(

@@ -16,11 +16,11 @@ from networks import NETWORKS, make_network_onnx, profiles_of, random_inputs, ru
 
 from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError
-from dfengine.runtime import backends, executor
-from dfengine.runtime import tensorrt as trt_runtime
-from dfengine.runtime.cache import EngineCache
-from dfengine.runtime.executor import Executor, Profile, bucket, detector_profiles
-from dfengine.runtime.tensorrt import TensorRt, make_key, make_tensorrt_executors
+from dfengine.gpu import backends, executor
+from dfengine.gpu import tensorrt as trt_runtime
+from dfengine.gpu.cache import EngineCache
+from dfengine.gpu.executor import Executor, Profile, bucket, detector_profiles
+from dfengine.gpu.tensorrt import TensorRt, make_key, make_tensorrt_executors
 
 NET = "mtcnn/onet"
 
@@ -46,8 +46,8 @@ def make_trt(
 def make_torch(gpu: FakeGpu, folder: Path, name: str = NET, *, max_batch: int = 8, precision: str = "fp32") -> Executor:
     import torch
 
-    from dfengine.runtime.precision import to_float16
-    from dfengine.runtime.torch import TorchNetwork, to_module
+    from dfengine.gpu.precision import to_float16
+    from dfengine.gpu.torch import TorchNetwork, to_module
 
     torch.set_num_threads(1)
     data = make_network_onnx(name, folder)
@@ -388,7 +388,7 @@ def test_torch_says_what_it_cannot_run(tmp_path: Path) -> None:
     import onnx
     from onnx import TensorProto, helper
 
-    from dfengine.runtime.torch import to_module
+    from dfengine.gpu.torch import to_module
 
     graph = helper.make_graph(
         [helper.make_node("Det", ["x"], ["y"])], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 2])],
@@ -402,7 +402,7 @@ def test_torch_says_what_it_cannot_run(tmp_path: Path) -> None:
 def test_torchs_errors_are_dfengines(gpu: FakeGpu) -> None:
     import torch
 
-    from dfengine.runtime.torch import TorchNetwork
+    from dfengine.gpu.torch import TorchNetwork
 
     for error, wanted, message in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), DeviceMemoryError, "net does not fit into the GPU"),
@@ -426,7 +426,7 @@ def test_torchs_errors_are_dfengines(gpu: FakeGpu) -> None:
 def test_lstm_on_torch(directions: int) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
-    from dfengine.runtime.torch import to_module
+    from dfengine.gpu.torch import to_module
 
     rng = np.random.default_rng(0)
     steps, width, hidden = 5, 3, 4
@@ -465,7 +465,7 @@ def test_lstm_on_torch(directions: int) -> None:
 def test_slices_on_torch(start: int, end: int, axis: int, step: int) -> None:
     import torch
 
-    from dfengine.runtime.onnx2torch_more import _Slice
+    from dfengine.gpu.onnx2torch_more import _Slice
 
     x = np.arange(42).reshape(6, 7)
     wanted = x[start:end:step] if axis == 0 else x[:, start:end:step]
@@ -553,7 +553,7 @@ def test_what_is_missing_is_told_without_a_gpu() -> None:
 @pytest.mark.parametrize("hw", [(1080, 1920), (1920, 1080), (800, 1912), (480, 640), (2160, 3840), (240, 320)])
 @pytest.mark.parametrize("ratio", [0.05, 0.02])
 def test_the_detectors_pyramid_lies_within_p_nets_profile(hw: tuple[int, int], ratio: float) -> None:
-    from dfengine.detect import Detector
+    from dfengine.stages.detect import Detector
 
     settings = DetectorSettings(min_face_ratio=ratio)
     (profile,) = detector_profiles(Bundle.load("mtcnn").member("pnet"), settings)

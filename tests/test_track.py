@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dfengine.bundle import TrackingSettings
-from dfengine.track import Linker, landmark_motion, select
+from dfengine.stages.track import Linker, landmark_motion, select
 from dfengine.types import Faces, Frames, Image, Tracks
 
 PICTURE = Image((np.zeros((2, 2), np.uint8),), matrix="gray")

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file
 from training_assets import write_faces
 
-from dfengine.aggregate import sigmoid
 from dfengine.errors import DfengineError
+from dfengine.stages.aggregate import sigmoid
 from training import checkpoint, evaluate, metrics, train
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, TrainingError

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
-from dfengine.decode.cpu import to_image
 from dfengine.errors import OptionError
+from dfengine.stages.decode.cpu import to_image
 from dfengine.types import F32, Image
 
 

@@ -1,9 +1,9 @@
 """Batches from a table of faces.
 
 ``Batches`` turns one split of what training.faces wrote into network input: which faces an epoch has, their
-augmentation and the fakes made from them, and at the end the crop that dfengine.crop cuts, as the engine would. Every
-number that chance decides comes from (seed, epoch, position in the epoch) alone: several processes that share the work
-see what one would have seen, and a run that goes on at any batch sees what it would have seen.
+augmentation and the fakes made from them, and at the end the crop that dfengine.stages.crop cuts, as the engine would.
+Every number that chance decides comes from (seed, epoch, position in the epoch) alone: several processes that share the
+work see what one would have seen, and a run that goes on at any batch sees what it would have seen.
 
 ``python -m training.data FACES --out sheet.png`` draws some pseudo-fakes of the training split.
 """
@@ -27,10 +27,10 @@ from PIL import Image as PilImage
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.backbone import clip_rows
 from dfengine.bundle import ModelSpec
-from dfengine.crop import crop_boxes, crop_faces
 from dfengine.errors import DfengineError, OptionError
+from dfengine.stages.backbone import clip_rows
+from dfengine.stages.crop import crop_boxes, crop_faces
 from dfengine.types import F32, I64, Image
 
 from .augment import AugmentSettings, Draws, augment_pixels, jitter_boxes, mix

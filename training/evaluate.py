@@ -1,9 +1,9 @@
 """Measures checkpoints on videos they have not seen: ``python -m training.evaluate RUN/best.safetensors... --faces DIR
 --out DIR``.
 
-Several checkpoints are blended as their bundle will blend them. Frames become a video's score by dfengine.aggregate,
-with the rules of the recipe's [bundle]. Temperature and bias are fitted on the validation split; training.export stores
-them in the bundle. Writes evaluation.json, predictions.csv, roc.png and reliability.png.
+Several checkpoints are blended as their bundle will blend them. Frames become a video's score by
+dfengine.stages.aggregate, with the rules of the recipe's [bundle]. Temperature and bias are fitted on the validation
+split; training.export stores them in the bundle. Writes evaluation.json, predictions.csv, roc.png and reliability.png.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.aggregate import judge, sigmoid
-from dfengine.audio import load_log_mel
 from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec, from_plain
 from dfengine.errors import DfengineError
+from dfengine.stages.aggregate import judge, sigmoid
+from dfengine.stages.audio import load_log_mel
 from dfengine.types import F32, F64, I64, Tracks
 
 from . import metrics

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfengine.aggregate import sigmoid
 from dfengine.bundle import Bundle, Calibration, ModelSpec, to_json
 from dfengine.engine import Engine
 from dfengine.errors import DfengineError
 from dfengine.runtime import CpuDevice
+from dfengine.stages.aggregate import sigmoid
 
 from .errors import ExportError
 from .evaluate import (

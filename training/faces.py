@@ -36,14 +36,14 @@ from PIL import Image as PilImage
 from PIL import ImageDraw, ImageOps
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dfengine import _kernels
 from dfengine.bundle import DetectorSettings, ModelSpec, TrackingSettings, from_plain
-from dfengine.crop import crop_boxes
-from dfengine.decode import open_video
-from dfengine.detect import Detector
 from dfengine.errors import DfengineError, InputError, OptionError
 from dfengine.sampling import Policy, parse_mode
-from dfengine.track import Linker, select
+from dfengine.stages import _kernels
+from dfengine.stages.crop import crop_boxes
+from dfengine.stages.decode import open_video
+from dfengine.stages.detect import Detector
+from dfengine.stages.track import Linker, select
 from dfengine.types import F32, Frames, Image, Tracks
 
 from .labels import Item, assign_splits, read_items

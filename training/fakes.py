@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfengine.bundle import ModelSpec
-from dfengine.crop import crop_boxes
 from dfengine.errors import OptionError
+from dfengine.stages.crop import crop_boxes
 
 from .augment import Draws
 

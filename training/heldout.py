@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.aggregate import judge
 from dfengine.bundle import Bundle, ModelSpec
-from dfengine.crop import crop_faces
 from dfengine.errors import DfengineError
+from dfengine.stages.aggregate import judge
+from dfengine.stages.crop import crop_faces
 from dfengine.types import F32, F64, I64, Image
 
 from .augment import AugmentSettings, Draws, downscale, through_h264, through_jpeg

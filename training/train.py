@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dfengine.aggregate import sigmoid
 from dfengine.errors import DfengineError
+from dfengine.stages.aggregate import sigmoid
 
 from . import metrics
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomically

@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.errors import DeviceError, DeviceMemoryError, OptionError
+from dfengine.errors import DeviceMemoryError
 from dfengine.types import Array, Dtype
 
-__all__ = ["CpuDevice", "Device", "Session", "in_halves_if_need_be", "open_device", "resolve_device"]
-
-DEVICES = ("auto", "cpu", "cuda")
+__all__ = ["CpuDevice", "Device", "Session", "in_halves_if_need_be"]
 
 
 class Session(Protocol):
@@ -38,7 +36,7 @@ class Device(Protocol):
     name: str  # "cpu" or "cuda:0"
     runtime: str  # what runs the networks there, its version, and why it was chosen over others if it was
     dtype: Dtype  # of network input
-    gpu: Any  # the dfengine.cuda.Gpu, None on the CPU
+    gpu: Any  # the dfengine.gpu.lanes.Gpu, None on the CPU
 
     def session(
         self, bundle: Bundle, member: str, *, threads: int, detector: DetectorSettings | None = None
@@ -49,7 +47,7 @@ class Device(Protocol):
         """
 
     def lane(self) -> AbstractContextManager[Any]:
-        """What a thread holds while it scores a video: a dfengine.cuda.Lane, or None on the CPU."""
+        """What a thread holds while it scores a video: a dfengine.gpu.lanes.Lane, or None on the CPU."""
 
     def close(self) -> None: ...
 
@@ -80,29 +78,6 @@ class CpuDevice:
 
     def close(self) -> None:
         pass
-
-
-def resolve_device(device: str) -> str:
-    """Turns "auto" into what this machine has, "cpu" or "cuda". Raises DeviceError or OptionError."""
-    from dfengine.runtime.gpu import why_no_gpu
-
-    if device not in DEVICES:
-        raise OptionError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
-    if device == "cpu":
-        return "cpu"
-    missing = why_no_gpu()
-    if missing and device == "cuda":
-        raise DeviceError(f"device 'cuda' cannot be had: {missing}; or use --device cpu", stage="device")
-    return "cpu" if missing else "cuda"
-
-
-def open_device(device: str) -> Device:
-    """Opens what ``resolve_device`` names. Raises DeviceError or OptionError."""
-    if resolve_device(device) == "cpu":
-        return CpuDevice()
-    from dfengine.runtime.gpu import GpuDevice
-
-    return GpuDevice()
 
 
 def in_halves_if_need_be(run: Callable[[int, int], None], start: int, stop: int) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dfengine.cuda import Gpu
 from dfengine.errors import DeviceError
+from dfengine.gpu.lanes import Gpu
 
 HERE = Path(__file__).parent
 

@@ -1,4 +1,4 @@
-"""dfengine.cuda on a real GPU: what the stand-in of tests/fake_cuda.py takes for granted."""
+"""dfengine.gpu.lanes on a real GPU: what the stand-in of tests/fake_cuda.py takes for granted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from dfengine.cuda import Gpu
 from dfengine.errors import DeviceMemoryError
+from dfengine.gpu.lanes import Gpu
 
 
 def test_what_the_gpu_is(gpu: Gpu) -> None:

@@ -15,10 +15,10 @@ from assets import FACE, NOBODY, TWO_FACES, write_clip
 from conftest import TOLERANCE
 
 from dfengine import Engine, VideoScore
-from dfengine.cuda import Gpu
+from dfengine.devices import resolve_device
 from dfengine.errors import DeviceError
-from dfengine.runtime import resolve_device
-from dfengine.runtime.gpu import GpuDevice
+from dfengine.gpu.device import GpuDevice
+from dfengine.gpu.lanes import Gpu
 
 from .conftest import missing
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from assets import FASTSTART, Clip, blinking, flipped, rotated, write_clip, x264, x265
 
-from dfengine.cuda import Gpu
-from dfengine.decode import DecoderPool, Video, open_video
 from dfengine.errors import DeviceError, InputError
+from dfengine.gpu.lanes import Gpu
+from dfengine.gpu.nvdec import NvdecPool
 from dfengine.sampling import Mode, Policy
+from dfengine.stages.decode import Video, open_video
 from dfengine.types import Frames
 from gpu.conftest import missing
 
@@ -63,16 +64,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MakeClip:
 
 
 @pytest.fixture
-def pool(gpu: Gpu) -> Iterator[DecoderPool]:
+def pool(gpu: Gpu) -> Iterator[NvdecPool]:
     try:
-        pool = DecoderPool(gpu)
+        pool = NvdecPool(gpu)
     except DeviceError as error:
         missing(str(error))
     yield pool
     pool.close()
 
 
-def decode(gpu: Gpu, pool: DecoderPool, path: Path, policy: str, mode: Mode, **limits: int) -> tuple[Video, Frames]:
+def decode(gpu: Gpu, pool: NvdecPool, path: Path, policy: str, mode: Mode, **limits: int) -> tuple[Video, Frames]:
     """The frames, on the host."""
     lane = gpu.lane()
     parts = []
@@ -90,7 +91,7 @@ def decode(gpu: Gpu, pool: DecoderPool, path: Path, policy: str, mode: Mode, **l
     return video, joined
 
 
-def check_same(gpu: Gpu, pool: DecoderPool, path: Path, policy: str, mode: Mode, **limits: int) -> str:
+def check_same(gpu: Gpu, pool: NvdecPool, path: Path, policy: str, mode: Mode, **limits: int) -> str:
     """That planes and times are the CPU's, bit for bit. Returns the reason of a fallback."""
     video, got = decode(gpu, pool, path, policy, mode, **limits)
     with open_video(path) as on_cpu:
@@ -106,7 +107,7 @@ def check_same(gpu: Gpu, pool: DecoderPool, path: Path, policy: str, mode: Mode,
     return video.fallback_reason
 
 
-def test_what_the_driver_says(pool: DecoderPool) -> None:
+def test_what_the_driver_says(pool: NvdecPool) -> None:
     caps = pool.capabilities("h264", 8)
     assert caps["supported"]
     assert caps["num_decoder_engines"] == pool.engines >= 1
@@ -116,7 +117,7 @@ def test_what_the_driver_says(pool: DecoderPool) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("clip", CLOSED, ids=str)
-def test_planes_are_those_of_ffmpeg(gpu: Gpu, pool: DecoderPool, made: MakeClip, clip: Clip, mode: Mode) -> None:
+def test_planes_are_those_of_ffmpeg(gpu: Gpu, pool: NvdecPool, made: MakeClip, clip: Clip, mode: Mode) -> None:
     for policy in ("every:1", "uniform:7", "first:3"):
         reason = check_same(gpu, pool, made(clip), policy, mode)
         assert reason == "" or ("12" in clip.name and MAY_BE_REFUSED[0] in reason)
@@ -124,12 +125,12 @@ def test_planes_are_those_of_ffmpeg(gpu: Gpu, pool: DecoderPool, made: MakeClip,
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("clip", OPEN, ids=str)
-def test_open_groups(gpu: Gpu, pool: DecoderPool, made: MakeClip, clip: Clip, mode: Mode) -> None:
+def test_open_groups(gpu: Gpu, pool: NvdecPool, made: MakeClip, clip: Clip, mode: Mode) -> None:
     reasons = {check_same(gpu, pool, made(clip), f"uniform:{n}", mode) for n in (1, 2, 3, 5, 11)}
     assert all(reason == "" or reason.startswith(MAY_BE_REFUSED) for reason in reasons), reasons
 
 
-def test_temporal_layers(gpu: Gpu, pool: DecoderPool, made: MakeClip) -> None:
+def test_temporal_layers(gpu: Gpu, pool: NvdecPool, made: MakeClip) -> None:
     # FFmpeg leaves out more than the highest layer, so the frames are others; each must be one of a full decode.
     video, got = decode(gpu, pool, made(LAYERS), "every:1", "reference")
     with open_video(made(LAYERS)) as on_cpu:
@@ -141,12 +142,12 @@ def test_temporal_layers(gpu: Gpu, pool: DecoderPool, made: MakeClip) -> None:
 
 
 @pytest.mark.parametrize("clip", FALLS_BACK, ids=str)
-def test_what_nvdec_cannot_take(gpu: Gpu, pool: DecoderPool, made: MakeClip, clip: Clip) -> None:
+def test_what_nvdec_cannot_take(gpu: Gpu, pool: NvdecPool, made: MakeClip, clip: Clip) -> None:
     reason = check_same(gpu, pool, made(clip), "uniform:5", "reference")
     assert reason or "10" in clip.name
 
 
-def test_reference_mode_halves_the_work(gpu: Gpu, pool: DecoderPool, made: MakeClip) -> None:
+def test_reference_mode_halves_the_work(gpu: Gpu, pool: NvdecPool, made: MakeClip) -> None:
     path = made(x264("typical.mp4", "", wh=WH, frames=300))
     video, frames = decode(gpu, pool, path, "uniform:17", "reference")
     assert video.fallback_reason == ""
@@ -155,7 +156,7 @@ def test_reference_mode_halves_the_work(gpu: Gpu, pool: DecoderPool, made: MakeC
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotation(gpu: Gpu, pool: DecoderPool, made: MakeClip, tmp_path: Path, degrees: int) -> None:
+def test_rotation(gpu: Gpu, pool: NvdecPool, made: MakeClip, tmp_path: Path, degrees: int) -> None:
     path = tmp_path / "turned.mp4"
     path.write_bytes(rotated(made(CLOSED[1]).read_bytes(), degrees))
     assert check_same(gpu, pool, path, "uniform:3", "reference") == ""
@@ -174,13 +175,13 @@ def test_one_decoder_after_another(gpu: Gpu, made: MakeClip) -> None:
         x265("reuse_8.mp4", "keyint=12:open-gop=0", wh=WH, frames=10),
         x265("reuse_10.mp4", "keyint=12:open-gop=0", wh=WH, frames=10, pix_fmt="yuv420p10le"),
     ]
-    pool = DecoderPool(gpu, 1)
+    pool = NvdecPool(gpu, 1)
     for clip in [*clips, *reversed(clips), clips[0], clips[0]]:
         assert check_same(gpu, pool, made(clip), "every:1", "exact") == ""
     pool.close()
 
 
-def test_sizes_that_change_within_a_video(gpu: Gpu, pool: DecoderPool, made: MakeClip, tmp_path: Path) -> None:
+def test_sizes_that_change_within_a_video(gpu: Gpu, pool: NvdecPool, made: MakeClip, tmp_path: Path) -> None:
     data = b""
     for i, wh in enumerate([(320, 240), (192, 160)]):
         data += made(x264(f"part{i}.ts", "keyint=12:bframes=0", wh=wh, frames=20)).read_bytes()
@@ -191,7 +192,7 @@ def test_sizes_that_change_within_a_video(gpu: Gpu, pool: DecoderPool, made: Mak
 
 
 def test_a_video_left_early_leaves_no_trace(gpu: Gpu, made: MakeClip) -> None:
-    pool = DecoderPool(gpu, 1)
+    pool = NvdecPool(gpu, 1)
     for clip in (CLOSED[0], CLOSED[1]):
         with open_video(made(clip), lane=gpu.lane(), pool=pool) as video:
             parts = video.frames(Policy.parse("every:1"), "exact", memory_bytes=0)
@@ -201,11 +202,11 @@ def test_a_video_left_early_leaves_no_trace(gpu: Gpu, made: MakeClip) -> None:
     pool.close()
 
 
-def test_chunks(gpu: Gpu, pool: DecoderPool, made: MakeClip) -> None:
+def test_chunks(gpu: Gpu, pool: NvdecPool, made: MakeClip) -> None:
     assert check_same(gpu, pool, made(CLOSED[1]), "every:4", "exact", memory_bytes=3 * 320 * 240 * 3 // 2) == ""
 
 
-def test_threads(gpu: Gpu, pool: DecoderPool, made: MakeClip) -> None:
+def test_threads(gpu: Gpu, pool: NvdecPool, made: MakeClip) -> None:
     """More videos at a time than there are decoders, and each as if it were alone."""
     clips = CLOSED[:4]
     for clip in clips:
@@ -228,7 +229,7 @@ def test_threads(gpu: Gpu, pool: DecoderPool, made: MakeClip) -> None:
 
 
 def test_frames_outlive_the_pool(gpu: Gpu, made: MakeClip) -> None:
-    pool = DecoderPool(gpu, 2)
+    pool = NvdecPool(gpu, 2)
     _, frames = decode(gpu, pool, made(CLOSED[0]), "uniform:5", "exact")
     decode(gpu, pool, made(CLOSED[0]), "every:1", "exact")
     pool.close()
@@ -241,7 +242,7 @@ def test_frames_outlive_the_pool(gpu: Gpu, made: MakeClip) -> None:
 
 def test_decoders_give_their_memory_back(gpu: Gpu, made: MakeClip) -> None:
     def use() -> int:
-        pool = DecoderPool(gpu, 2)
+        pool = NvdecPool(gpu, 2)
         decode(gpu, pool, made(CLOSED[11]), "uniform:5", "exact")
         pool.close()
         return gpu.free_bytes()
@@ -258,7 +259,7 @@ def test_decoders_give_their_memory_back(gpu: Gpu, made: MakeClip) -> None:
 
 @pytest.mark.parametrize("clip", [x264, x265], ids=["h264", "hevc"])
 def test_damage_ends_in_frames_or_in_an_error(
-    gpu: Gpu, pool: DecoderPool, made: MakeClip, tmp_path: Path, clip: Callable[..., Clip]
+    gpu: Gpu, pool: NvdecPool, made: MakeClip, tmp_path: Path, clip: Callable[..., Clip]
 ) -> None:
     data = made(
         clip(f"whole_{clip.__name__}.mp4", "keyint=12", wh=WH, frames=60, container_options=FASTSTART)
@@ -275,7 +276,7 @@ def test_damage_ends_in_frames_or_in_an_error(
     assert check_same(gpu, pool, made(CLOSED[0]), "uniform:7", "exact") == ""
 
 
-def test_real_files(gpu: Gpu, pool: DecoderPool, data_dir: Path) -> None:
+def test_real_files(gpu: Gpu, pool: NvdecPool, data_dir: Path) -> None:
     on_gpu = 0
     for path in sorted([*(data_dir / "odd").iterdir(), *(data_dir / "clips").glob("*.mp4")]):
         try:

@@ -13,11 +13,11 @@ import pytest
 from networks import NETWORKS, make_network_onnx, profiles_of, random_inputs, run_float32
 
 from dfengine.bundle import Bundle
-from dfengine.cuda import Gpu
 from dfengine.errors import DeviceMemoryError, DfengineError
-from dfengine.runtime import backends
-from dfengine.runtime.cache import EngineCache
-from dfengine.runtime.executor import Executor
+from dfengine.gpu import backends
+from dfengine.gpu.cache import EngineCache
+from dfengine.gpu.executor import Executor
+from dfengine.gpu.lanes import Gpu
 
 from .conftest import missing
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine import _kernels
 from dfengine.errors import InferenceError
+from dfengine.stages import _kernels
 from dfengine.types import F32, Array, Dtype, Image, on_device
 
 

@@ -18,10 +18,10 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from dfengine.decode.nal import NalFormat
 from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, SourceNotReadable, UnsupportedVideo
-from dfengine.media import open_media
 from dfengine.sampling import MAX_SNAP_FRAMES, Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
+from dfengine.stages.decode.nal import NalFormat
+from dfengine.stages.media import open_media
 from dfengine.types import F64, Bool, Frames, Image, PathLikeStr
 
 STAGE = "decode"
@@ -131,6 +131,15 @@ class PacketDecoder(Protocol):
 
     def close(self) -> None:
         """Gives back what ``start`` took. Images stay valid."""
+
+
+class DecoderPool(Protocol):
+    """Decoders beside the CPU's, shared by the videos in work."""
+
+    def decoder(self, lane: Any) -> PacketDecoder:
+        """One for one video, whose images will lie in the memory of ``lane``."""
+
+    def close(self) -> None: ...
 
 
 class Video:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.errors import InferenceError
-from dfengine.kernels import to_host
 from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
+from dfengine.stages.kernels import to_host
 from dfengine.types import F32, F64, I64, Array, Crops, Tracks
 
 MakeCrops = Callable[[ModelSpec, slice], Crops]

@@ -13,12 +13,12 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from dfengine.decode.video import MAX_PIXELS, Numbered, Packets
 from dfengine.sampling import Mode, Segment
+from dfengine.stages.decode.video import MAX_PIXELS, Numbered, Packets
 from dfengine.types import F64, Image
 
 if TYPE_CHECKING:
-    from dfengine.cuda import Lane
+    from dfengine.gpu.lanes import Lane
 
 # FFmpeg's AVColorSpace (ITU-T H.273 table 4). Anything else, "unspecified" above all, is BT.601: FFmpeg's own
 # rule and therefore that of every training set made with it.

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import cast, get_args
 
 from dfengine.bundle import Bundle, DetectorSettings, ModelSpec
-from dfengine.cuda import Gpu
 from dfengine.errors import DeviceError, DfengineError, OptionError
-from dfengine.runtime.cache import EngineCache, default_cache_dir
-from dfengine.runtime.executor import Executor, GpuPrecision, Profile, detector_profiles, member_profiles
-from dfengine.runtime.tensorrt import compile_network, import_tensorrt, make_tensorrt_executors
+from dfengine.gpu.cache import EngineCache, default_cache_dir
+from dfengine.gpu.executor import Executor, GpuPrecision, Profile, detector_profiles, member_profiles
+from dfengine.gpu.lanes import Gpu
+from dfengine.gpu.tensorrt import compile_network, import_tensorrt, make_tensorrt_executors
 
 log = logging.getLogger("dfengine")
 
@@ -71,7 +71,7 @@ def make_executors(
     cache = EngineCache(cache_dir or default_cache_dir())
     backend = backend or choose_backend(gpu, cache_dir=cache.folder).name
     if backend == "torch":
-        from dfengine.runtime.torch import make_torch_executors
+        from dfengine.gpu.torch import make_torch_executors
 
         return make_torch_executors(
             gpu, name, onnx, input_shapes, precision=precision, max_batch=max_batch, contexts=contexts

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dfengine.bundle import AudioSettings
 from dfengine.errors import first_line
-from dfengine.media import open_media
+from dfengine.stages.media import open_media
 from dfengine.types import F32, F64, PathLikeStr
 
 

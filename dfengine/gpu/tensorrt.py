@@ -1,6 +1,6 @@
 """Networks on TensorRT and on TensorRT for RTX: the same Python module under two names, and so one code path.
 
-Both take types from the graph (strongly typed), so float16 is written into it before (dfengine.runtime.precision).
+Both take types from the graph (strongly typed), so float16 is written into it before (dfengine.gpu.precision).
 They differ in two things. TensorRT builds on and for the GPU at hand, timing kernels; RTX builds anywhere, for every
 GPU it knows, and compiles the rest when an engine is used. And RTX captures CUDA graphs by itself.
 
@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.cuda import DeviceArray, Gpu, Graph, Lane
 from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, OutputError
-from dfengine.runtime.cache import EngineCache, Key, write_atomically
-from dfengine.runtime.executor import Executor, GpuPrecision, Network, Profile
-from dfengine.runtime.precision import RECIPE, to_float16
+from dfengine.gpu.cache import EngineCache, Key, write_atomically
+from dfengine.gpu.executor import Executor, GpuPrecision, Network, Profile
+from dfengine.gpu.lanes import DeviceArray, Gpu, Graph, Lane
+from dfengine.gpu.precision import RECIPE, to_float16
 
 log = logging.getLogger("dfengine")
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import Any
 
-from dfengine.decode.cpu import CpuDecoder
-from dfengine.decode.nvdec import DecoderPool, NvdecDecoder
-from dfengine.decode.video import DEFAULT_MEMORY_BYTES, PacketDecoder, Video
 from dfengine.errors import NotAVideo, SourceNotFound, SourceNotReadable
+from dfengine.stages.decode.cpu import CpuDecoder
+from dfengine.stages.decode.video import DEFAULT_MEMORY_BYTES, DecoderPool, PacketDecoder, Video
 from dfengine.types import PathLikeStr
-
-if TYPE_CHECKING:
-    from dfengine.cuda import Lane
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "DecoderPool", "Video", "open_video"]
 
@@ -33,13 +29,11 @@ _STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # ISO base media files tha
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0")
 
 
-def open_video(
-    path: PathLikeStr, *, threads: int = 1, lane: Lane | None = None, pool: DecoderPool | None = None
-) -> Video:
+def open_video(path: PathLikeStr, *, threads: int = 1, lane: Any = None, pool: DecoderPool | None = None) -> Video:
     """Opens a video for decoding; use it as a context manager.
 
-    With a ``lane``, images are in that GPU's memory, allocated from the lane, and with a ``pool`` too they are decoded
-    by NVDEC where it can; else on the CPU, with ``threads`` cores.
+    With a ``lane`` (a dfengine.gpu.lanes.Lane), images are in that GPU's memory, allocated from the lane, and with a
+    ``pool`` too they are decoded by its decoders where they can; else on the CPU, with ``threads`` cores.
 
     Raises SourceNotFound, SourceNotReadable, NotAVideo or UnsupportedVideo. Nothing is opened that could block
     or that is plainly no video.
@@ -47,7 +41,7 @@ def open_video(
     _check_source(path)
     decoders: list[PacketDecoder] = [CpuDecoder(threads=threads, lane=lane)]
     if lane is not None and pool is not None:
-        decoders.insert(0, NvdecDecoder(lane, pool))
+        decoders.insert(0, pool.decoder(lane))
     return Video(path, decoders)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dfengine.bundle import ModelSpec
-from dfengine.kernels import crop_resize
+from dfengine.stages.kernels import crop_resize
 from dfengine.types import F32, I64, Array, Crops, Dtype, Image, Tracks
 
 

@@ -37,15 +37,15 @@ import numpy as np
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from dfengine.decode.cpu import to_image
-from dfengine.decode.nal import NalFormat, Picture, Sequence
-from dfengine.decode.video import TIE_SECONDS, CannotDecode, Numbered, Packets
 from dfengine.errors import DeviceError, DeviceMemoryError
 from dfengine.sampling import Mode, Segment
+from dfengine.stages.decode.cpu import to_image
+from dfengine.stages.decode.nal import NalFormat, Picture, Sequence
+from dfengine.stages.decode.video import TIE_SECONDS, CannotDecode, Numbered, Packets
 from dfengine.types import F64, Image
 
 if TYPE_CHECKING:
-    from dfengine.cuda import Gpu, Lane
+    from dfengine.gpu.lanes import Gpu, Lane
 
 # A session decodes on one engine; while its video waits for the other stages, or its thread for the interpreter, that
 # engine is idle. Two sessions an engine cover such gaps. Chosen, to be measured by benchmarks/nvdec.py.
@@ -66,7 +66,7 @@ _DTYPES = {"NV12": np.uint8, "P016": np.uint16}
 _Key = tuple[str, bytes]  # codec and sequence parameter set; Note [Equal parameter sets]
 
 
-class DecoderPool:
+class NvdecPool:
     """NVDEC sessions of one GPU, lent to one video at a time. Thread-safe.
 
     ``size``: how many there may be; by default two for each decoder engine that the driver reports. ``nvc``: stands in
@@ -84,6 +84,10 @@ class DecoderPool:
         self._closed = False
         self.engines = self.capabilities("h264", 8)["num_decoder_engines"]
         self.size = size if size is not None else max(1, SESSIONS_PER_ENGINE * self.engines)
+
+    def decoder(self, lane: Lane) -> NvdecDecoder:
+        """See stages.decode.video.DecoderPool."""
+        return NvdecDecoder(lane, self)
 
     def capabilities(self, codec: str, bit_depth: int) -> dict[str, int]:
         """What the driver says of 4:2:0 video. Asked once: it makes a CUDA context each time."""
@@ -231,7 +235,7 @@ class NvdecDecoder:
 
     name = "nvdec"
 
-    def __init__(self, lane: Lane, pool: DecoderPool) -> None:
+    def __init__(self, lane: Lane, pool: NvdecPool) -> None:
         self.frames_decoded = 0
         self.damaged = 0
         self._lane, self._pool = lane, pool
@@ -379,7 +383,7 @@ class NvdecDecoder:
 
     def _copy(self, frame: Any) -> Image:
         """A frame in memory of the lane. Raises CannotDecode if it is not what the video's headers state."""
-        from dfengine.cuda import DeviceArray
+        from dfengine.gpu.lanes import DeviceArray
 
         assert self._template is not None
         (w, h), kind = self._display_wh, frame.format.name

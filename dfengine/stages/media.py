@@ -16,6 +16,9 @@ from dfengine.types import PathLikeStr
 _REFERRING = {"concat", "dash", "hls", "imf", "lavfi", "rtsp", "sap", "sdp", "vobsub", "webm_dash_manifest"}
 _FORMATS = ",".join(sorted(av.formats_available - _REFERRING))
 
+# Titles that are not UTF-8 are no reason to fail. PyAV 19 always replaces what it cannot read; until then it was asked.
+READ_ALL_TITLES: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
 
 @contextmanager
 def open_media(path: PathLikeStr) -> Iterator[InputContainer]:
@@ -29,7 +32,6 @@ def open_media(path: PathLikeStr) -> Iterator[InputContainer]:
             source = undo.enter_context(open(name, "rb"))
         # Only local files: a container must not make the engine fetch something.
         options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-        # Titles that are not UTF-8 are no reason to fail.
-        container = av.open(source, options=options, metadata_errors="replace")
+        container = av.open(source, options=options, **READ_ALL_TITLES)
         undo.callback(container.close)
         yield container

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine import _boxes
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.kernels import crop_resize, pyramid, to_host
 from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
+from dfengine.stages import _boxes
+from dfengine.stages.kernels import crop_resize, pyramid, to_host
 from dfengine.types import F32, Faces, Image
 
 # Frames that go through the cascade together. Their pyramids take 40 MB as network input; on two cores 4, 8 and 48

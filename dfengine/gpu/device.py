@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dfengine import _kernels
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.cuda import Gpu, Lane
 from dfengine.errors import DeviceError
-from dfengine.runtime.backends import choose_backend, limits, make_executors
-from dfengine.runtime.batching import BatchingSession
-from dfengine.runtime.executor import GpuPrecision
+from dfengine.gpu.backends import choose_backend, limits, make_executors
+from dfengine.gpu.batching import BatchingSession
+from dfengine.gpu.executor import GpuPrecision
+from dfengine.gpu.lanes import Gpu, Lane
+from dfengine.stages import _kernels
 from dfengine.types import Dtype
 
 # Execution contexts of each network: while one runs, the rows of the next batch are gathered. Chosen, not measured.

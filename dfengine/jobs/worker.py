@@ -140,7 +140,7 @@ class Process:
         with theirs:
             self._process = subprocess.Popen(
                 # -P: nothing is imported from the folder that happens to be the current one.
-                [sys.executable, "-P", "-c", f"from dfengine.worker import main; main({theirs.fileno()})"],
+                [sys.executable, "-P", "-c", f"from dfengine.jobs.worker import main; main({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.__stderr__ or subprocess.DEVNULL,  # stdout is for results

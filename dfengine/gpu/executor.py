@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import DetectorSettings, ModelSpec
-from dfengine.cuda import DeviceArray, Event, Gpu, Lane
 from dfengine.errors import DeviceMemoryError, InferenceError
+from dfengine.gpu.lanes import DeviceArray, Event, Gpu, Lane
 
 log = logging.getLogger("dfengine")
 

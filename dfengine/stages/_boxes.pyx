@@ -2,7 +2,7 @@
 """Box work of the MTCNN cascade and of the tracker. All loops run without the GIL.
 
 Boxes are xyxy float32. Coordinates follow the cascade's own conventions where noted: they are what its
-weights were trained with, and they end in dfengine.detect.
+weights were trained with, and they end in dfengine.stages.detect.
 """
 import numpy as np
 

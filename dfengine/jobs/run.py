@@ -5,8 +5,8 @@ A worker has one video at a time, in a process of its own, on a GPU in one with 
 video takes longer than it may, the process is replaced and the video is tried once more when nothing else is running:
 memory that two videos ran out of together may suffice for one. If that fails too, its row says so. What else was in the
 process begins anew, after a death as if it had been the cause, since nobody can know. With a time limit
-(dfengine.deadline) a video that takes far more than its share is tried once more at the bottom of the ladder, and what
-still runs or waits when the time is over gets a row with DeadlineExceeded. So every video that was handed in has
+(dfengine.jobs.deadline) a video that takes far more than its share is tried once more at the bottom of the ladder, and
+what still runs or waits when the time is over gets a row with DeadlineExceeded. So every video that was handed in has
 exactly one row, whatever happens to it.
 """
 
@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from dfengine.bundle import Bundle
-from dfengine.deadline import Deadline, Step, ladder
+from dfengine.devices import resolve_device
 from dfengine.engine import default_workers, make_plan, usable_cores
 from dfengine.errors import OptionError, WorkerCrashed, display_path
-from dfengine.runtime import resolve_device
+from dfengine.jobs.deadline import Deadline, Step, ladder
+from dfengine.jobs.worker import Died, Process, Ready, Scored, Scorer, Setup, StartFailed, Task, Worker, engine_scorer
 from dfengine.types import ErrorInfo, PathLikeStr, VideoScore
-from dfengine.worker import Died, Process, Ready, Scored, Scorer, Setup, StartFailed, Task, Worker, engine_scorer
 
 log = logging.getLogger("dfengine")
 

@@ -10,8 +10,8 @@ from collections import deque
 
 import numpy as np
 
-from dfengine import _boxes
 from dfengine.bundle import TrackingSettings
+from dfengine.stages import _boxes
 from dfengine.types import F32, I64, LANDMARKS, Bool, Faces, Frames, Tracks
 
 # Detections whose median steadies a box: itself and those before it. Of 1, 3, 5 and 9, five gave the least noise.

@@ -1,7 +1,7 @@
 """Networks on torch: for GPUs that neither TensorRT at hand supports.
 
 The bundle's ONNX becomes a module through onnx2torch: no second file, and no code that comes with the weights. Float16
-is written into the graph before, as for TensorRT (dfengine.runtime.precision).
+is written into the graph before, as for TensorRT (dfengine.gpu.precision).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.cuda import DeviceArray, Gpu, Lane
 from dfengine.errors import DeviceMemoryError, DfengineError, InferenceError, first_line
-from dfengine.runtime.executor import Executor, GpuPrecision, Profile
-from dfengine.runtime.precision import gather_constants, to_float16
+from dfengine.gpu.executor import Executor, GpuPrecision, Profile
+from dfengine.gpu.lanes import DeviceArray, Gpu, Lane
+from dfengine.gpu.precision import gather_constants, to_float16
 
 __all__ = ["TorchNetwork", "make_torch_executors", "to_module"]
 
@@ -55,7 +55,7 @@ def to_module(onnx: bytes, name: str, device: str) -> Any:
     import onnx2torch
     import torch
 
-    from dfengine.runtime import onnx2torch_more
+    from dfengine.gpu import onnx2torch_more
 
     onnx2torch_more.register()
     model = onnx_package.load_model_from_string(onnx)
