@@ -1,4 +1,4 @@
-# Every verb sets up what it needs in .venv. PYTHON chooses the interpreter (3.11 to 3.13).
+# Every verb sets up what it needs in .venv. PYTHON chooses the interpreter (3.11 to 3.14), VENV another place for it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
