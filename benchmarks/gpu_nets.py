@@ -18,15 +18,16 @@ import onnx
 from dfengine.bundle import Bundle
 from dfengine.errors import DeviceError, DfengineError
 from dfengine.gpu import backends
-from dfengine.gpu.executor import Executor, Profile
+from dfengine.gpu.executor import Executor
 from dfengine.gpu.lanes import Gpu
+from dfengine.gpu.spec import EngineSpec
 from dfengine.runtime.openvino import OpenVinoSession
 
 from .harness import save, time_calls
 from .nets import make_bundle
 
 BATCHES = (1, 8, 32, 64)
-DETECTOR_BATCHES = {"pnet": (1, 16), "rnet": (64, 1024), "onet": (16, 512)}
+DETECTOR_BATCHES = {"pnet": (1, 8), "rnet": (64, 1024), "onet": (16, 512)}
 
 
 def main() -> int:
@@ -44,38 +45,33 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         bundles = [Bundle.load("default"), *(make_bundle(n, Path(scratch)) for n in ("efficientnet_b1", "xception"))]
-        found = backends.networks(bundles[0])[:3]
-        for bundle in bundles:
-            found += backends.networks(bundle)[3:]
-        for name, data, profiles, most in found:
-            for precision in options.precision:
+        for precision in options.precision:
+            specs = EngineSpec.all_of(bundles[0], precision=precision)
+            specs += [s for bundle in bundles[1:] for s in EngineSpec.all_of(bundle, precision=precision)[3:]]
+            for spec in specs:
                 try:
-                    rows += measure(gpu, backend, name, data, profiles, most, precision, options.repeats)
+                    rows += measure(gpu, backend, spec, options.repeats)
                 except DfengineError as error:
-                    rows.append({"network": name, "precision": precision, "error": str(error)})
-                    print(f"{name} {precision}: {error}")
+                    rows.append({"network": spec.name, "precision": precision, "error": str(error)})
+                    print(f"{spec.name} {precision}: {error}")
     device = {"name": gpu.name, "driver": gpu.driver, "compute_capability": gpu.compute_capability}
     what = "Executor.run by network, batch and precision, one stream"
     print("wrote", save("gpu_nets", {"what": what, "gpu": device, "backend": backend, "rows": rows}).name)
     return 0
 
 
-def measure(
-    gpu: Gpu, backend: str, name: str, data: bytes, profiles: tuple[Profile, ...], most: int, precision: Any,
-    repeats: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    (executor,) = backends.make_executors(
-        gpu, name, data, precision=precision, input_shapes=profiles, max_batch=most, contexts=1, backend=backend
-    )
-    session = OpenVinoSession(name, data, threads=1)
-    batches = DETECTOR_BATCHES.get(name.split("/")[-1], [b for b in BATCHES if b <= most])
+def measure(gpu: Gpu, backend: str, spec: EngineSpec, repeats: int) -> list[dict[str, Any]]:
+    (executor,) = backends.make_executors(gpu, spec, contexts=1, backend=backend)
+    session = OpenVinoSession(spec.name, spec.onnx, threads=1)
+    batches = DETECTOR_BATCHES.get(spec.name.split("/")[-1], [b for b in BATCHES if b <= spec.max_batch])
     found: list[dict[str, Any]] = []
     try:
         for batch in batches:
-            inputs = [np.random.default_rng(0).standard_normal((batch, *p.usual)) for p in profiles]
+            inputs = [np.random.default_rng(0).standard_normal((batch, *p.usual)) for p in spec.profiles]
             found.append(time_batch(gpu, executor, session, [x.astype(executor.dtype) for x in inputs], repeats))
-            found[-1] |= {"network": name, "precision": precision, "batch": batch, "parameters": parameters(data)}
-            print(f"{name:<40} {precision} batch {batch:>4}: {found[-1]['rows_per_s']:>9.0f} rows/s")
+            found[-1] |= {"network": spec.name, "precision": spec.precision, "batch": batch}
+            found[-1]["parameters"] = parameters(spec.onnx)
+            print(f"{spec.name:<40} {spec.precision} batch {batch:>4}: {found[-1]['rows_per_s']:>9.0f} rows/s")
     finally:
         executor.close()
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from dfengine.bundle import PACKAGED, AudioSettings, Bundle, DetectorSettings, ModelSpec
-from dfengine.gpu.executor import Profile, detector_profiles, member_profiles
+from dfengine.gpu.spec import EngineSpec, Profile, detector_profiles, member_profiles
 
 PACKAGED_NETWORKS = sorted(f"{f.parent.name}/{f.stem}" for f in PACKAGED.glob("*/*.onnx"))
 CLIPS = ["lstm", "relu_lstm", "audio"]
@@ -53,6 +53,10 @@ def profiles_of(name: str) -> tuple[Profile, ...]:
     spec = ModelSpec(name=name, file="", sha256="", kind=kind, input_hw=(32, 32), clip_frames=4,
                      audio=AudioSettings(seconds=1.0))  # fmt: skip
     return member_profiles(spec)
+
+
+def make_spec(name: str, folder: Path, *, max_batch: int = 8, precision: str = "fp32") -> EngineSpec:
+    return EngineSpec(name, make_network_onnx(name, folder), profiles_of(name), max_batch, precision)  # type: ignore[arg-type]
 
 
 def random_inputs(data: bytes, *, rows: int, seed: int = 0) -> list[np.ndarray]:

@@ -6,17 +6,17 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from assets import write_bundle
-from networks import CLIPS, make_network_onnx, profiles_of
+from networks import CLIPS, make_spec
 
 from dfengine.bundle import PACKAGED, Bundle
 from dfengine.errors import DeviceError, InferenceError, OptionError
 from dfengine.gpu import backends
-from dfengine.gpu.executor import Profile
-from dfengine.gpu.precision import to_float16
+from dfengine.gpu.spec import Profile
 from dfengine.gpu.tensorrt import TensorRt, import_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: no engine can be compiled")
@@ -46,9 +46,7 @@ def test_every_packaged_bundle_compiles(name: str, precision: str, tmp_path: Pat
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 @pytest.mark.parametrize("name", CLIPS)
 def test_clip_and_audio_members_compile(rtx: TensorRt, name: str, precision: str, tmp_path: Path) -> None:
-    data = make_network_onnx(name, tmp_path)
-    onnx = to_float16(data, name) if precision == "fp16" else data
-    assert rtx.build(name, onnx, profiles_of(name), max_batch=4, exact=precision == "fp32")
+    assert rtx.build(make_spec(name, tmp_path, max_batch=4, precision=precision))
 
 
 @pytest.mark.parametrize(
@@ -63,14 +61,15 @@ def test_clip_and_audio_members_compile(rtx: TensorRt, name: str, precision: str
 def test_what_cannot_be_compiled(
     rtx: TensorRt, onnx: bytes | None, profiles: list[Profile], message: str, tmp_path: Path
 ) -> None:
-    data = make_network_onnx("mtcnn/rnet", tmp_path) if onnx is None else onnx
+    rnet = make_spec("mtcnn/rnet", tmp_path)
+    spec = replace(rnet, name="x", onnx=rnet.onnx if onnx is None else onnx, profiles=tuple(profiles))
     with pytest.raises(InferenceError, match=message):
-        rtx.build("x", data, profiles, max_batch=2)
+        rtx.build(spec)
 
 
 def test_without_a_gpu_an_engine_cannot_be_loaded(rtx: TensorRt, tmp_path: Path) -> None:
     """What it says depends on the machine; that it is no crash does not."""
-    plan = rtx.build("rnet", make_network_onnx("mtcnn/rnet", tmp_path), profiles_of("mtcnn/rnet"), max_batch=2)
+    plan = rtx.build(make_spec("mtcnn/rnet", tmp_path))
     if rtx.load(plan[:1000]) is None:
         assert rtx.messages.last.startswith("engine invalid here")
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_cuda import FakeGpu, array_of
 from fake_tensorrt import FakeTensorRt
-from networks import NETWORKS, make_network_onnx, profiles_of, random_inputs, run_float32
+from networks import NETWORKS, make_network_onnx, make_spec, random_inputs, run_float32
 
 from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError
 from dfengine.gpu import backends, executor
 from dfengine.gpu import tensorrt as trt_runtime
 from dfengine.gpu.cache import EngineCache
-from dfengine.gpu.executor import Executor, Profile, bucket, detector_profiles
-from dfengine.gpu.tensorrt import TensorRt, make_key, make_tensorrt_executors
+from dfengine.gpu.executor import Executor, bucket
+from dfengine.gpu.spec import EngineSpec, Profile, detector_profiles
+from dfengine.gpu.tensorrt import TensorRt, make_tensorrt_executors
 
 NET = "mtcnn/onet"
 
@@ -36,8 +39,8 @@ def make_trt(
 ) -> tuple[list[Executor], FakeTensorRt]:  # fmt: skip
     fake = fake or FakeTensorRt(gpu, rtx=rtx)
     made = make_tensorrt_executors(
-        TensorRt("tensorrt_rtx" if rtx else "tensorrt", fake), gpu, name, make_network_onnx(name, folder),
-        profiles_of(name), precision=precision, max_batch=max_batch, contexts=contexts,  # type: ignore[arg-type]
+        TensorRt("tensorrt_rtx" if rtx else "tensorrt", fake), gpu,
+        make_spec(name, folder, max_batch=max_batch, precision=precision), contexts=contexts,
         cache=EngineCache(folder / "engines"),
     )  # fmt: skip
     return made, fake
@@ -46,15 +49,13 @@ def make_trt(
 def make_torch(gpu: FakeGpu, folder: Path, name: str = NET, *, max_batch: int = 8, precision: str = "fp32") -> Executor:
     import torch
 
-    from dfengine.gpu.precision import to_float16
     from dfengine.gpu.torch import TorchNetwork, to_module
 
     torch.set_num_threads(1)
-    data = make_network_onnx(name, folder)
-    module = to_module(to_float16(data, name) if precision == "fp16" else data, name, "cpu")
+    spec = make_spec(name, folder, max_batch=max_batch, precision=precision)
+    module = to_module(spec.graph(), name, "cpu")
     network = TorchNetwork(gpu, module, name, as_tensor=lambda array: torch.from_numpy(array_of(array)))
-    dtype = np.float16 if precision == "fp16" else np.float32
-    return Executor(gpu, name, network, profiles_of(name), max_batch=max_batch, dtype=dtype)
+    return Executor(gpu, spec, network)
 
 
 def run(gpu: FakeGpu, ex: Executor, inputs: list[np.ndarray], cuts: tuple[int, ...] = ()) -> list[np.ndarray]:
@@ -263,7 +264,7 @@ def test_memory_that_tensorrt_asks_for_itself(gpu: FakeGpu, tmp_path: Path) -> N
 
 
 def test_types_that_do_not_fit_are_refused(gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_runtime, "to_float16", lambda onnx, name: onnx)
+    monkeypatch.setattr(EngineSpec, "graph", lambda spec: spec.onnx)
     with pytest.raises(InferenceError, match="images is float32, expected float16"):
         make_trt(gpu, tmp_path, precision="fp16")
 
@@ -333,8 +334,7 @@ def test_an_engine_that_the_runtime_refuses_is_built_again_once(gpu: FakeGpu, tm
     (path,) = (tmp_path / "engines").glob("*.engine")
     cache = EngineCache(tmp_path / "engines")
     fake = FakeTensorRt(gpu)
-    key = make_key(TensorRt("tensorrt", fake), gpu, make_network_onnx(NET, tmp_path), profiles_of(NET),
-                   precision="fp32", max_batch=8)  # fmt: skip
+    key = make_spec(NET, tmp_path).key(TensorRt("tensorrt", fake).target(gpu))
     cache.write(path, key, b"of another driver")
     make_trt(gpu, tmp_path, fake=fake)
     assert fake.builds == 1
@@ -417,7 +417,7 @@ def test_torchs_errors_are_dfengines(gpu: FakeGpu) -> None:
             raise error
 
         network = TorchNetwork(gpu, module, "net", as_tensor=lambda array: torch.from_numpy(array_of(array)))
-        ex = Executor(gpu, "net", network, [Profile.fixed(2)], max_batch=2, dtype=np.float32)
+        ex = Executor(gpu, EngineSpec("net", b"", (Profile.fixed(2),), 2, "fp32"), network)
         with pytest.raises(wanted, match=message):
             run(gpu, ex, [np.zeros((1, 2))])
 
@@ -474,12 +474,22 @@ def test_slices_on_torch(start: int, end: int, axis: int, step: int) -> None:
 
 
 def test_what_an_engine_was_made_for(gpu: FakeGpu) -> None:
-    def key(name: str, gpu: FakeGpu | None) -> dict[str, object]:
-        runtime = TensorRt(name, FakeTensorRt(FakeGpu()))
-        return dict(make_key(runtime, gpu, b"onnx", [Profile.fixed(3, 8, 8)], precision="fp16", max_batch=4))
+    def target(name: str, gpu: FakeGpu | None) -> dict[str, object]:
+        return TensorRt(name, FakeTensorRt(FakeGpu())).target(gpu)
 
-    assert (key("tensorrt", gpu)["device"], key("tensorrt", gpu)["compute_capability"]) == ("Fake GPU", "9.0")
-    assert key("tensorrt_rtx", gpu) == key("tensorrt_rtx", None)
+    assert (target("tensorrt", gpu)["device"], target("tensorrt", gpu)["compute_capability"]) == ("Fake GPU", "9.0")
+    assert target("tensorrt_rtx", gpu) == target("tensorrt_rtx", None)
+
+
+def test_all_that_changes_an_engine_is_in_its_key() -> None:
+    spec = EngineSpec("net", b"onnx", (Profile.fixed(3, 8, 8),), 4, "fp16")
+    target = {"backend": "tensorrt", "version": "11.4.0", "device": "Fake GPU", "compute_capability": "9.0"}
+    others = {"onnx": b"other", "profiles": (Profile.fixed(3, 8, 9),), "max_batch": 5, "precision": "fp32"}
+    assert {"name", *others} == {field.name for field in fields(EngineSpec)}
+    keys = [spec.key(target), *(replace(spec, **{field: value}).key(target) for field, value in others.items())]
+    keys += [spec.key({**target, part: "other"}) for part in target]
+    assert len({json.dumps(key, sort_keys=True) for key in keys}) == 1 + len(others) + len(target)
+    assert replace(spec, name="other").key(target) == spec.key(target)
 
 
 # -- which runtime -----------------------------------------------------------------------------------------------------
@@ -534,10 +544,7 @@ def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch, gpu: FakeGp
 
 def test_executors_come_from_the_chosen_runtime(gpu: FakeGpu, installed: dict[str, object], tmp_path: Path) -> None:
     installed["tensorrt"] = FakeTensorRt(gpu)
-    (ex,) = backends.make_executors(
-        gpu, NET, make_network_onnx(NET, tmp_path), precision="fp32", input_shapes=profiles_of(NET), max_batch=4,
-        contexts=1,
-    )  # fmt: skip
+    (ex,) = backends.make_executors(gpu, make_spec(NET, tmp_path), contexts=1, backend="tensorrt")
     assert len(run(gpu, ex, [np.zeros((3, 3, 48, 48))])[0]) == 3
 
 
@@ -566,7 +573,7 @@ def test_the_detectors_pyramid_lies_within_p_nets_profile(hw: tuple[int, int], r
 
 
 def test_all_networks_of_a_bundle_are_listed() -> None:
-    found = backends.networks(Bundle.load("default"))
-    assert [name for name, *_ in found][:3] == ["mtcnn/pnet", "mtcnn/rnet", "mtcnn/onet"]
+    found = EngineSpec.all_of(Bundle.load("default"), precision="fp16")
+    assert [spec.name for spec in found][:3] == ["mtcnn/pnet", "mtcnn/rnet", "mtcnn/onet"]
     assert len(found) == 3 + len(Bundle.load("default").members)
-    assert len(backends.networks(Bundle.load("mtcnn"))) == 3
+    assert len(EngineSpec.all_of(Bundle.load("mtcnn"), precision="fp16")) == 3

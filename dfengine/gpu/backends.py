@@ -5,28 +5,24 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import cast, get_args
 
-from dfengine.bundle import Bundle, DetectorSettings, ModelSpec
+from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError, DfengineError, OptionError
 from dfengine.gpu.cache import EngineCache, default_cache_dir
-from dfengine.gpu.executor import Executor, GpuPrecision, Profile, detector_profiles, member_profiles
+from dfengine.gpu.executor import Executor
 from dfengine.gpu.lanes import Gpu
+from dfengine.gpu.spec import EngineSpec, GpuPrecision
 from dfengine.gpu.tensorrt import compile_network, import_tensorrt, make_tensorrt_executors
 
 log = logging.getLogger("dfengine")
 
 # In order of preference. TensorRT times kernels on the very GPU; RTX knows only some GPUs; torch knows all.
 BACKENDS = ("tensorrt", "tensorrt_rtx", "torch")
-
-# Largest batches. A member's: 64 crops of 224 px are 19 MB in float16, and GPUs are busy from 32 on. R-Net and O-Net
-# get the proposals of 16 frames together; P-Net 8 frames, since its memory is planned for the largest frames.
-MAX_BATCH = {"pnet": 8, "rnet": 1024, "onet": 512, "member": 64}
 
 
 @dataclass(frozen=True)
@@ -52,34 +48,18 @@ def choose_backend(gpu: Gpu, *, cache_dir: Path | None = None) -> Backend:
 
 
 def make_executors(
-    gpu: Gpu,
-    name: str,
-    onnx: bytes,
-    *,
-    precision: GpuPrecision,
-    input_shapes: Sequence[Profile],
-    max_batch: int,
-    contexts: int,
-    cache_dir: Path | None = None,
-    backend: str | None = None,
+    gpu: Gpu, spec: EngineSpec, *, contexts: int, backend: str, cache_dir: Path | None = None
 ) -> list[Executor]:
-    """``contexts`` executors of one network, for as many threads. ``name`` is for messages and file names.
+    """``contexts`` executors of one network, for as many threads. ``backend``: one of BACKENDS.
 
-    ``backend``: one of BACKENDS, as ``choose_backend`` gave it; choosing anew for each network costs time.
     Raises DeviceError, DeviceMemoryError, InferenceError.
     """
-    cache = EngineCache(cache_dir or default_cache_dir())
-    backend = backend or choose_backend(gpu, cache_dir=cache.folder).name
     if backend == "torch":
         from dfengine.gpu.torch import make_torch_executors
 
-        return make_torch_executors(
-            gpu, name, onnx, input_shapes, precision=precision, max_batch=max_batch, contexts=contexts
-        )
-    return make_tensorrt_executors(
-        import_tensorrt(backend), gpu, name, onnx, input_shapes, precision=precision, max_batch=max_batch,
-        contexts=contexts, cache=cache,
-    )  # fmt: skip
+        return make_torch_executors(gpu, spec, contexts=contexts)
+    cache = EngineCache(cache_dir or default_cache_dir())
+    return make_tensorrt_executors(import_tensorrt(backend), gpu, spec, contexts=contexts, cache=cache)
 
 
 def compile_bundle(
@@ -99,40 +79,13 @@ def compile_bundle(
     cache = EngineCache(folder or default_cache_dir())
     made = {}
     try:
-        for name, onnx, profiles, max_batch in networks(bundle):
+        for spec in EngineSpec.all_of(bundle, precision=cast(GpuPrecision, precision)):
             with gpu.current() if gpu is not None else nullcontext():
-                made[name] = compile_network(
-                    runtime,
-                    gpu,
-                    name,
-                    onnx,
-                    profiles,
-                    precision=cast(GpuPrecision, precision),
-                    max_batch=max_batch,
-                    cache=cache,
-                )[1]
+                made[spec.name] = compile_network(runtime, gpu, spec, cache)[1]
     finally:
         if gpu is not None:
             gpu.close()
     return made
-
-
-def networks(bundle: Bundle) -> list[tuple[str, bytes, tuple[Profile, ...], int]]:
-    """All networks of a bundle and of its detector: name, ONNX, shapes of the inputs, largest batch."""
-    detector = Bundle.load(bundle.detector.nets) if any(m.kind != "detector" for m in bundle.members) else bundle
-    found = []
-    for m in detector.members:
-        found.append((f"{detector.name}/{m.name}", detector.onnx_bytes(m), *limits(m, bundle.detector)))
-    for m in bundle.members if detector is not bundle else ():
-        found.append((f"{bundle.name}/{m.name}", bundle.onnx_bytes(m), *limits(m)))
-    return found
-
-
-def limits(spec: ModelSpec, detector: DetectorSettings | None = None) -> tuple[tuple[Profile, ...], int]:
-    """The shapes of a network's inputs, and its largest batch. ``detector``: how P-, R- and O-Net will be used."""
-    if detector is not None:
-        return detector_profiles(spec, detector), MAX_BATCH[spec.name]
-    return member_profiles(spec), max(1, MAX_BATCH["member"] // spec.clip_frames)
 
 
 def explain_cuda() -> dict[str, str]:
@@ -207,15 +160,6 @@ def _try(name: str, gpu: Gpu, cache: EngineCache) -> str:
             raise DeviceError(f"torch {version} has no CUDA, or it does not fit to the driver", stage="device")
         return version
     with gpu.current():  # the smallest real engine: P-Net. A plan that is refused is one for another GPU.
-        onnx, profiles = _smallest_network()
-        compile_network(
-            import_tensorrt(name), gpu, "mtcnn/pnet", onnx, profiles, precision="fp16", max_batch=MAX_BATCH["pnet"],
-            cache=cache,
-        )  # fmt: skip
+        spec = EngineSpec.of_member(Bundle.load("mtcnn"), "pnet", precision="fp16", detector=DetectorSettings())
+        compile_network(import_tensorrt(name), gpu, spec, cache)
     return version
-
-
-def _smallest_network() -> tuple[bytes, tuple[Profile, ...]]:
-    bundle = Bundle.load("mtcnn")
-    spec = bundle.member("pnet")
-    return bundle.onnx_bytes(spec), detector_profiles(spec, DetectorSettings())

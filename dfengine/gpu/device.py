@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError
-from dfengine.gpu.backends import choose_backend, limits, make_executors
+from dfengine.gpu.backends import choose_backend, make_executors
 from dfengine.gpu.batching import BatchingSession
-from dfengine.gpu.executor import GpuPrecision
 from dfengine.gpu.lanes import Gpu, Lane
+from dfengine.gpu.spec import EngineSpec, GpuPrecision
 from dfengine.stages import _kernels
 from dfengine.types import Dtype
 
@@ -44,14 +44,9 @@ class GpuDevice:
         self, bundle: Bundle, member: str, *, threads: int = 1, detector: DetectorSettings | None = None
     ) -> BatchingSession:
         """See Device.session. ``threads`` is for the CPU."""
-        spec = bundle.member(member)
-        profiles, max_batch = limits(spec, detector)
-        name = f"{bundle.name}/{member}"
-        executors = make_executors(
-            self.gpu, name, bundle.onnx_bytes(spec), precision=self._precision, input_shapes=profiles,
-            max_batch=max_batch, contexts=CONTEXTS, backend=self._backend,
-        )  # fmt: skip
-        self._sessions.append(BatchingSession(name, executors))
+        spec = EngineSpec.of_member(bundle, member, precision=self._precision, detector=detector)
+        executors = make_executors(self.gpu, spec, contexts=CONTEXTS, backend=self._backend)
+        self._sessions.append(BatchingSession(spec.name, executors))
         return self._sessions[-1]
 
     @contextmanager

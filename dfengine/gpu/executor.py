@@ -15,60 +15,19 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine.bundle import DetectorSettings, ModelSpec
 from dfengine.errors import DeviceMemoryError, InferenceError
 from dfengine.gpu.lanes import DeviceArray, Event, Gpu, Lane
+from dfengine.gpu.spec import EngineSpec, Shape
 
 log = logging.getLogger("dfengine")
 
-GpuPrecision = Literal["fp16", "fp32"]
-Shape = tuple[int, ...]
-
 # Shapes that stay prepared. A member has 7 (batches of 1 to 64); P-Net 9 levels for each size of video, in 5 batches.
 PREPARED_SHAPES = 64
-
-# Frames are at most this much longer than high, or the other way round: cinema has 2.39, two screens side by side 3.56.
-# Beyond it P-Net refuses them on a GPU.
-_LONGEST_ASPECT = 4.0
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What shapes one input of a network will have, without the batch: the smallest, the usual and the largest."""
-
-    least: Shape
-    usual: Shape
-    most: Shape
-
-    @classmethod
-    def fixed(cls, *shape: int) -> Profile:
-        return cls(shape, shape, shape)
-
-    def holds(self, shape: Shape) -> bool:
-        limits = zip(self.least, shape, self.most, strict=False)
-        return len(shape) == len(self.least) and all(low <= n <= high for low, n, high in limits)
-
-
-def member_profiles(spec: ModelSpec) -> tuple[Profile, ...]:
-    """The inputs of a member of a bundle."""
-    clip = () if spec.kind == "frame" else (spec.clip_frames,)
-    sound = (Profile.fixed(spec.audio.bands, spec.audio.frames),) if spec.kind == "audio" else ()
-    return (Profile.fixed(*clip, 3, *spec.input_hw), *sound)
-
-
-def detector_profiles(spec: ModelSpec, settings: DetectorSettings) -> tuple[Profile, ...]:
-    """The input of P-Net, R-Net or O-Net. P-Net sees frames scaled so that the smallest face has 12 px."""
-    if min(spec.input_hw) > 0:
-        return (Profile.fixed(3, *spec.input_hw),)
-    short = int(12 / settings.min_face_ratio) + 1
-    long = int(short * _LONGEST_ASPECT) + 1
-    return (Profile((3, 12, 12), (3, short, int(short * 16 / 9)), (3, long, long)),)
 
 
 class Prepared(Protocol):
@@ -99,13 +58,11 @@ class Executor:
     Used by one thread at a time, which may be any. ``dtype`` is that of the inputs: float16 or float32.
     """
 
-    def __init__(
-        self, gpu: Gpu, name: str, network: Network, profiles: Sequence[Profile], *, max_batch: int, dtype: Any
-    ) -> None:
-        self.name = name
-        self.max_batch = max_batch
-        self.dtype = np.dtype(dtype)
-        self._gpu, self._network, self._profiles = gpu, network, profiles
+    def __init__(self, gpu: Gpu, spec: EngineSpec, network: Network) -> None:
+        self.name = spec.name
+        self.max_batch = spec.max_batch
+        self.dtype = spec.dtype
+        self._gpu, self._network, self._profiles = gpu, network, spec.profiles
         self._lane = gpu.lane()
         self._slots: OrderedDict[tuple[Shape, ...], _Slot] = OrderedDict()
         self._graphs = True  # until capturing failed once

@@ -11,7 +11,6 @@ TensorRT each prepared batch has a context of its own; the memory they work in i
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
 import re
@@ -25,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, OutputError
-from dfengine.gpu.cache import EngineCache, Key, write_atomically
-from dfengine.gpu.executor import Executor, GpuPrecision, Network, Profile
+from dfengine.gpu.cache import EngineCache, write_atomically
+from dfengine.gpu.executor import Executor, Network
 from dfengine.gpu.lanes import DeviceArray, Gpu, Graph, Lane
-from dfengine.gpu.precision import RECIPE, to_float16
+from dfengine.gpu.spec import EngineSpec
 
 log = logging.getLogger("dfengine")
 
@@ -55,14 +54,27 @@ class TensorRt:
         self._runtime: Any = None
         self._opening = threading.Lock()
 
-    def build(self, name: str, onnx: bytes, profiles: Sequence[Profile], *, max_batch: int, timing: bytes = b"",
-              keep_timing: Callable[[bytes], None] = lambda timing: None, exact: bool = False) -> bytes:  # fmt: skip
+    def target(self, gpu: Gpu | None) -> dict[str, object]:
+        """What engines of this runtime are for: its part of their key. RTX makes one for all GPUs since Ampere.
+
+        It could make others for Turing, but there it has no float32 matrix products, which the last layers are.
+        """
+        if self.is_rtx:
+            device, capability = "any", "8.0 and later"
+        else:
+            assert gpu is not None, "TensorRT compiles for the GPU at hand"
+            device, capability = gpu.name, "{}.{}".format(*gpu.compute_capability)
+        return {"backend": self.name, "version": self.version, "device": device, "compute_capability": capability}
+
+    def build(
+        self, spec: EngineSpec, *, timing: bytes = b"", keep_timing: Callable[[bytes], None] = lambda timing: None
+    ) -> bytes:
         """Compiles a network. TensorRT needs its GPU to be current, RTX needs none.
 
-        ``timing``: a timing cache from before; the new one goes to ``keep_timing``. ``exact``: float32 products in
-        full, where TensorRT would take TF32. Raises InferenceError.
+        ``timing``: a timing cache from before; the new one goes to ``keep_timing``. Raises DeviceError where float16
+        needs a package that is missing, and InferenceError.
         """
-        trt = self.module
+        trt, name, onnx = self.module, spec.name, spec.graph()
         self.messages.clear()
         builder = self._made(trt.Builder(self.logger), name, "there is no builder")
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -70,20 +82,20 @@ class TensorRt:
         if not parser.parse(onnx):
             what = parser.get_error(0).desc() if parser.num_errors else self.messages.last
             raise InferenceError(f"network {name} cannot be read by {self.name} ({what})", stage="runtime")
-        if network.num_inputs != len(profiles):
+        if network.num_inputs != len(spec.profiles):
             raise InferenceError(
-                f"network {name} has {network.num_inputs} inputs, its kind has {len(profiles)}", stage="runtime"
+                f"network {name} has {network.num_inputs} inputs, its kind has {len(spec.profiles)}", stage="runtime"
             )
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
-        if exact:
+        if spec.precision == "fp32":  # float32 products in full
             config.clear_flag(trt.BuilderFlag.TF32)
         shapes = builder.create_optimization_profile()
-        for i, profile in enumerate(profiles):
+        for i, profile in enumerate(spec.profiles):
             try:
                 shapes.set_shape(
-                    network.get_input(i).name, (1, *profile.least), (max_batch, *profile.usual),
-                    (max_batch, *profile.most),
+                    network.get_input(i).name, (1, *profile.least), (spec.max_batch, *profile.usual),
+                    (spec.max_batch, *profile.most),
                 )  # fmt: skip
             except ValueError as error:
                 raise InferenceError(
@@ -162,26 +174,15 @@ def import_tensorrt(name: str) -> TensorRt:
     return TensorRt(name, module)
 
 
-def compile_network(
-    runtime: TensorRt,
-    gpu: Gpu | None,
-    name: str,
-    onnx: bytes,
-    profiles: Sequence[Profile],
-    *,
-    precision: GpuPrecision,
-    max_batch: int,
-    cache: EngineCache,
-) -> tuple[Any, Path]:
+def compile_network(runtime: TensorRt, gpu: Gpu | None, spec: EngineSpec, cache: EngineCache) -> tuple[Any, Path]:
     """The engine, from the cache or compiled, and its file. Without a GPU (RTX only) it is compiled, but not loaded.
 
-    The GPU must be current. Raises DeviceMemoryError, InferenceError, OutputError.
+    The GPU must be current. Raises DeviceError, DeviceMemoryError, InferenceError, OutputError.
     """
-    key = make_key(runtime, gpu, onnx, profiles, precision=precision, max_batch=max_batch)
+    key = spec.key(runtime.target(gpu))
 
     def build() -> bytes:
-        log.info("compiling %s with %s %s, %s", name, runtime.name, runtime.version, precision)
-        graph = to_float16(onnx, name) if precision == "fp16" else onnx
+        log.info("compiling %s with %s %s, %s", spec.name, runtime.name, runtime.version, spec.precision)
         where = gpu.name if gpu is not None else "any"
         timing = cache.folder / f"timing-{runtime.name}-{runtime.version}-{_file_name(where)}.cache"
 
@@ -191,78 +192,37 @@ def compile_network(
             except OutputError as error:
                 log.warning("%s", error)
 
-        known = timing.read_bytes() if timing.exists() else b""
-        return runtime.build(
-            name, graph, profiles, max_batch=max_batch, timing=known, keep_timing=keep, exact=precision == "fp32",
-        )  # fmt: skip
+        return runtime.build(spec, timing=timing.read_bytes() if timing.exists() else b"", keep_timing=keep)
 
-    path = cache.path(name, key)
+    path = cache.path(spec.name, key)
     if gpu is None:
         if cache.read(path, key) is None:
             cache.write(path, key, build())
         return None, path
     try:
-        return cache.load_or_build(name, key, load=runtime.load, build=build), path
+        return cache.load_or_build(spec.name, key, load=runtime.load, build=build), path
     except ValueError:
         raise InferenceError(
-            f"network {name}: {runtime.name} cannot use the engine it has just built ({runtime.messages.last})",
+            f"network {spec.name}: {runtime.name} cannot use the engine it has just built ({runtime.messages.last})",
             stage="runtime",
         ) from None
 
 
-def make_key(
-    runtime: TensorRt, gpu: Gpu | None, onnx: bytes, profiles: Sequence[Profile], *, precision: GpuPrecision,
-    max_batch: int,
-) -> Key:  # fmt: skip
-    """What an engine was made from and for. RTX makes one for all GPUs that it knows since Ampere.
-
-    It could make others for Turing, but there it has no float32 matrix products, which the last layers are.
-    """
-    if runtime.is_rtx:
-        device, capability = "any", "8.0 and later"
-    else:
-        assert gpu is not None, "TensorRT compiles for the GPU at hand"
-        device, capability = gpu.name, "{}.{}".format(*gpu.compute_capability)
-    return {
-        "onnx": hashlib.sha256(onnx).hexdigest(),
-        "backend": runtime.name,
-        "version": runtime.version,
-        "device": device,
-        "compute_capability": capability,
-        "precision": precision,
-        "recipe": RECIPE,
-        "profiles": [[list(p.least), list(p.usual), list(p.most)] for p in profiles],
-        "max_batch": max_batch,
-    }
-
-
 def make_tensorrt_executors(
-    runtime: TensorRt,
-    gpu: Gpu,
-    name: str,
-    onnx: bytes,
-    profiles: Sequence[Profile],
-    *,
-    precision: GpuPrecision,
-    max_batch: int,
-    contexts: int,
-    cache: EngineCache,
+    runtime: TensorRt, gpu: Gpu, spec: EngineSpec, *, contexts: int, cache: EngineCache
 ) -> list[Executor]:
-    """Executors that share one engine. Raises DeviceMemoryError, InferenceError."""
+    """Executors that share one engine. Raises DeviceError, DeviceMemoryError, InferenceError."""
     with gpu.current():
-        engine, path = compile_network(
-            runtime, gpu, name, onnx, profiles, precision=precision, max_batch=max_batch, cache=cache
-        )
-        dtype = np.float16 if precision == "fp16" else np.float32
-        _check_types(runtime, engine, name, dtype)
+        engine, path = compile_network(runtime, gpu, spec, cache)
+        _check_types(runtime, engine, spec)
         networks: list[Network]
         if runtime.is_rtx:
-            fixed = all(p.least == p.most for p in profiles)
+            fixed = all(p.least == p.most for p in spec.profiles)
             kernels = path.with_suffix(".kernels")
-            networks = [RtxNetwork(runtime, engine, name, fixed=fixed, kernels=kernels) for _ in range(contexts)]
+            networks = [RtxNetwork(runtime, engine, spec.name, fixed=fixed, kernels=kernels) for _ in range(contexts)]
         else:
-            networks = [TensorRtNetwork(runtime, engine, name) for _ in range(contexts)]
-    return [Executor(gpu, name, n, profiles, max_batch=max_batch, dtype=dtype) for n in networks]
+            networks = [TensorRtNetwork(runtime, engine, spec.name) for _ in range(contexts)]
+    return [Executor(gpu, spec, n) for n in networks]
 
 
 class TensorRtNetwork:
@@ -378,15 +338,17 @@ class Bound:
         return partial(self._lane.launch, graph)
 
 
-def _check_types(runtime: TensorRt, engine: Any, name: str, dtype: Any) -> None:
+def _check_types(runtime: TensorRt, engine: Any, spec: EngineSpec) -> None:
     """Inputs are of the precision's type, outputs float32."""
     trt = runtime.module
     for i in range(engine.num_io_tensors):
         tensor = engine.get_tensor_name(i)
         is_input = engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT
-        got, wanted = np.dtype(trt.nptype(engine.get_tensor_dtype(tensor))), np.dtype(dtype if is_input else np.float32)
+        got, wanted = np.dtype(trt.nptype(engine.get_tensor_dtype(tensor))), spec.dtype if is_input else np.float32
         if got != wanted:
-            raise InferenceError(f"network {name}: {tensor} is {got}, expected {wanted}", stage="runtime")
+            raise InferenceError(
+                f"network {spec.name}: {tensor} is {got}, expected {np.dtype(wanted)}", stage="runtime"
+            )
 
 
 def _make_logger(trt: Any, messages: Messages) -> Any:

@@ -14,35 +14,23 @@ from typing import Any
 import numpy as np
 
 from dfengine.errors import DeviceMemoryError, DfengineError, InferenceError, first_line
-from dfengine.gpu.executor import Executor, GpuPrecision, Profile
+from dfengine.gpu.executor import Executor
 from dfengine.gpu.lanes import DeviceArray, Gpu, Lane
-from dfengine.gpu.precision import gather_constants, to_float16
+from dfengine.gpu.precision import gather_constants
+from dfengine.gpu.spec import EngineSpec
 
 __all__ = ["TorchNetwork", "make_torch_executors", "to_module"]
 
 
-def make_torch_executors(
-    gpu: Gpu,
-    name: str,
-    onnx: bytes,
-    profiles: Sequence[Profile],
-    *,
-    precision: GpuPrecision,
-    max_batch: int,
-    contexts: int,
-) -> list[Executor]:
-    """Executors that share one module. Raises DeviceMemoryError, InferenceError."""
+def make_torch_executors(gpu: Gpu, spec: EngineSpec, *, contexts: int) -> list[Executor]:
+    """Executors that share one module. Raises DeviceError, DeviceMemoryError, InferenceError."""
     import torch
 
-    if precision == "fp32":
+    if spec.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # for the whole process: fp32 means what it says
-    with gpu.current(), _errors_of(torch, name):
-        module = to_module(to_float16(onnx, name) if precision == "fp16" else onnx, name, f"cuda:{gpu.ordinal}")
-    dtype = np.float16 if precision == "fp16" else np.float32
-    return [
-        Executor(gpu, name, TorchNetwork(gpu, module, name), profiles, max_batch=max_batch, dtype=dtype)
-        for _ in range(contexts)
-    ]
+    with gpu.current(), _errors_of(torch, spec.name):
+        module = to_module(spec.graph(), spec.name, f"cuda:{gpu.ordinal}")
+    return [Executor(gpu, spec, TorchNetwork(gpu, module, spec.name)) for _ in range(contexts)]
 
 
 def to_module(onnx: bytes, name: str, device: str) -> Any:

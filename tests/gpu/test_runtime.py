@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from networks import NETWORKS, make_network_onnx, profiles_of, random_inputs, run_float32
+from networks import NETWORKS, make_network_onnx, make_spec, random_inputs, run_float32
 
 from dfengine.bundle import Bundle
 from dfengine.errors import DeviceMemoryError, DfengineError
@@ -52,10 +52,8 @@ def close() -> Iterator[list[Executor]]:
 
 def make(gpu: Gpu, name: str, backend: str, cache_dir: Path, folder: Path, close: list[Executor], *,
          precision: str = "fp32", max_batch: int = 8, contexts: int = 1) -> list[Executor]:  # fmt: skip
-    made = backends.make_executors(
-        gpu, name, make_network_onnx(name, folder), precision=precision, input_shapes=profiles_of(name),  # type: ignore[arg-type]
-        max_batch=max_batch, contexts=contexts, cache_dir=cache_dir, backend=backend,
-    )  # fmt: skip
+    spec = make_spec(name, folder, max_batch=max_batch, precision=precision)
+    made = backends.make_executors(gpu, spec, contexts=contexts, backend=backend, cache_dir=cache_dir)
     close += made
     return made
 
