@@ -148,7 +148,6 @@ def score(
 def compile_(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A packaged bundle by name, or a folder.")],
     backend: Annotated[str, typer.Option(help="tensorrt (for this machine's GPU) or tensorrt_rtx (needs no GPU).")],
-    precision: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
     out: Annotated[
         Path | None, typer.Option(help="Where the engines go; to use them, set DFENGINE_CACHE to that folder.")
     ] = None,
@@ -156,7 +155,7 @@ def compile_(
 ) -> None:
     """Compile the networks of a bundle and of its detector for GPUs, ahead of time: a file a network."""
     _set_up_logging(verbose)
-    for name, path in compile_bundle(Bundle.load(bundle), backend, precision=precision, folder=out).items():
+    for name, path in compile_bundle(Bundle.load(bundle), backend, folder=out).items():
         print(f"{name}  {path}  {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -16,7 +16,7 @@ from networks import CLIPS, make_spec
 from dfengine.bundle import PACKAGED, Bundle
 from dfengine.errors import DeviceError, InferenceError, OptionError
 from dfengine.gpu import backends
-from dfengine.gpu.spec import Profile
+from dfengine.gpu.spec import GpuPrecision, Profile
 from dfengine.gpu.tensorrt import TensorRt, import_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: no engine can be compiled")
@@ -29,7 +29,7 @@ def rtx() -> TensorRt:
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 @pytest.mark.parametrize("name", sorted(f.parent.name for f in PACKAGED.glob("*/bundle.json")))
-def test_every_packaged_bundle_compiles(name: str, precision: str, tmp_path: Path) -> None:
+def test_every_packaged_bundle_compiles(name: str, precision: GpuPrecision, tmp_path: Path) -> None:
     bundle = Bundle.load(name)
     made = backends.compile_bundle(bundle, "tensorrt_rtx", precision=precision, folder=tmp_path)
     members = () if name == "mtcnn" else bundle.members
@@ -77,8 +77,8 @@ def test_without_a_gpu_an_engine_cannot_be_loaded(rtx: TensorRt, tmp_path: Path)
 def test_options_that_do_not_exist() -> None:
     with pytest.raises(OptionError, match="backend must be one of tensorrt, tensorrt_rtx; got 'openvino'"):
         backends.compile_bundle(Bundle.load("default"), "openvino")
-    with pytest.raises(OptionError, match="precision must be fp16 or fp32; got 'int8'"):
-        backends.compile_bundle(Bundle.load("default"), "tensorrt_rtx", precision="int8")
+    with pytest.raises(OptionError, match="precision must be one of fp16, fp32; got 'int8'"):
+        backends.compile_bundle(Bundle.load("default"), "tensorrt_rtx", precision="int8")  # type: ignore[arg-type]
 
 
 def test_tensorrt_needs_the_package() -> None:

@@ -12,17 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from assets import write_bundle
 from fake_cuda import FakeGpu, array_of
 from fake_tensorrt import FakeTensorRt
 from networks import NETWORKS, make_network_onnx, make_spec, random_inputs, run_float32
 
+from dfengine import Engine
 from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError
 from dfengine.gpu import backends, executor
 from dfengine.gpu import tensorrt as trt_runtime
 from dfengine.gpu.cache import EngineCache
+from dfengine.gpu.device import GpuDevice
 from dfengine.gpu.executor import Executor, bucket
-from dfengine.gpu.spec import EngineSpec, Profile, detector_profiles
+from dfengine.gpu.lanes import Gpu
+from dfengine.gpu.spec import EngineSpec, GpuPrecision, Profile, detector_profiles
 from dfengine.gpu.tensorrt import TensorRt, make_tensorrt_executors
 
 NET = "mtcnn/onet"
@@ -546,6 +550,27 @@ def test_executors_come_from_the_chosen_runtime(gpu: FakeGpu, installed: dict[st
     installed["tensorrt"] = FakeTensorRt(gpu)
     (ex,) = backends.make_executors(gpu, make_spec(NET, tmp_path), contexts=1, backend="tensorrt")
     assert len(run(gpu, ex, [np.zeros((3, 3, 48, 48))])[0]) == 3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("backend", backends.BACKENDS[:2])
+def test_what_compile_writes_is_what_the_device_looks_for(
+    installed: dict[str, object], monkeypatch: pytest.MonkeyPatch, backend: str, precision: GpuPrecision, tmp_path: Path
+) -> None:
+    """Also for a bundle whose detector looks for other sizes of faces than the packaged ones."""
+    fake = FakeTensorRt(FakeGpu(), rtx=backend == "tensorrt_rtx")
+    installed[backend] = fake
+    monkeypatch.setattr(Gpu, "open", lambda ordinal=0: FakeGpu())
+    bundle = Bundle.load(write_bundle(tmp_path / "bundle", detector=DetectorSettings(min_face_ratio=0.1)))
+    made = backends.compile_bundle(bundle, backend, precision=precision)
+    assert list(made) == ["mtcnn/pnet", "mtcnn/rnet", "mtcnn/onet", "development/mean"]
+    assert all(f"-{backend}-{precision}-" in path.name for path in made.values())
+    assert fake.builds == len(made) + 1  # and P-Net for frames of the packaged size, with which runtimes are tried
+    with Engine(bundle, device=GpuDevice(precision=precision)) as engine:
+        assert fake.builds == len(made) + 1
+        row = engine.score(tmp_path / "missing.mp4")
+    assert f"{backend} 11.4.0 supports Fake GPU" in row.runtime
+    assert row.runtime.endswith(f"; networks in {precision}")
 
 
 def test_what_is_missing_is_told_without_a_gpu() -> None:

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import cast, get_args
 
 from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError, DfengineError, OptionError
@@ -33,12 +32,16 @@ class Backend:
     reason: str
 
 
-def choose_backend(gpu: Gpu, *, cache_dir: Path | None = None) -> Backend:
-    """The first of BACKENDS that is installed and supports the GPU. Raises DeviceError, which says why none does."""
+def choose_backend(gpu: Gpu, *, precision: GpuPrecision = "fp16", cache_dir: Path | None = None) -> Backend:
+    """The first of BACKENDS that is installed and supports the GPU. Raises DeviceError, which says why none does.
+
+    ``precision``: of the networks that will run, since one is compiled to find out. Raises OptionError.
+    """
+    trial = trial_spec(precision)
     refused = []
     for name in BACKENDS:
         try:
-            version = _try(name, gpu, EngineCache(cache_dir or default_cache_dir()))
+            version = _try(name, gpu, trial, EngineCache(cache_dir or default_cache_dir()))
         except DfengineError as error:
             refused.append(error.message if error.message.startswith(name) else f"{name}: {error.message}")
         else:
@@ -63,29 +66,34 @@ def make_executors(
 
 
 def compile_bundle(
-    bundle: Bundle, backend: str, *, precision: str = "fp16", folder: Path | None = None
+    bundle: Bundle, backend: str, *, precision: GpuPrecision = "fp16", folder: Path | None = None
 ) -> dict[str, Path]:
-    """Compiles all networks that scoring with a bundle takes, the detector's too: file by network.
+    """Compiles all that a GpuDevice of this precision looks for when it scores with a bundle: file by network.
 
-    "tensorrt" compiles for the GPU of this machine, "tensorrt_rtx" for all GPUs it knows, and needs none.
+    That is the bundle's networks and its detector's, and what ``choose_backend`` tries. "tensorrt" compiles for the
+    GPU of this machine, "tensorrt_rtx" for all GPUs it knows, and needs none.
     Raises BundleError, DeviceError, InferenceError, OptionError, OutputError.
     """
     if backend not in BACKENDS[:2]:
         raise OptionError(f"backend must be one of {', '.join(BACKENDS[:2])}; got {backend!r}")
-    if precision not in get_args(GpuPrecision):
-        raise OptionError(f"precision must be fp16 or fp32; got {precision!r}")
+    specs = [trial_spec(precision), *EngineSpec.all_of(bundle, precision=precision)]
     runtime = import_tensorrt(backend)
     gpu = None if runtime.is_rtx else Gpu.open()
     cache = EngineCache(folder or default_cache_dir())
     made = {}
     try:
-        for spec in EngineSpec.all_of(bundle, precision=cast(GpuPrecision, precision)):
+        for spec in specs:
             with gpu.current() if gpu is not None else nullcontext():
                 made[spec.name] = compile_network(runtime, gpu, spec, cache)[1]
     finally:
         if gpu is not None:
             gpu.close()
     return made
+
+
+def trial_spec(precision: GpuPrecision) -> EngineSpec:
+    """The smallest real engine, P-Net: whether a runtime can use a GPU is found out with it."""
+    return EngineSpec.of_member(Bundle.load("mtcnn"), "pnet", precision=precision, detector=DetectorSettings())
 
 
 def explain_cuda() -> dict[str, str]:
@@ -133,7 +141,7 @@ def _explain_backend(name: str, gpu: Gpu | None) -> str:
         found = importlib.util.find_spec(name) is not None
         return f"not usable: {'there is no GPU' if found else 'the package is missing'}"
     try:
-        return f"usable: {_try(name, gpu, EngineCache(default_cache_dir()))}"
+        return f"usable: {_try(name, gpu, trial_spec('fp16'), EngineCache(default_cache_dir()))}"
     except DfengineError as error:
         return f"not usable: {error.message.removeprefix(f'{name}: ')}"
 
@@ -150,7 +158,7 @@ def _version(name: str) -> str:
     return str(torch.__version__)
 
 
-def _try(name: str, gpu: Gpu, cache: EngineCache) -> str:
+def _try(name: str, gpu: Gpu, trial: EngineSpec, cache: EngineCache) -> str:
     """The version of a runtime that can use this GPU. Raises DfengineError."""
     version = _version(name)
     if name == "torch":
@@ -159,7 +167,6 @@ def _try(name: str, gpu: Gpu, cache: EngineCache) -> str:
         if not torch.cuda.is_available():
             raise DeviceError(f"torch {version} has no CUDA, or it does not fit to the driver", stage="device")
         return version
-    with gpu.current():  # the smallest real engine: P-Net. A plan that is refused is one for another GPU.
-        spec = EngineSpec.of_member(Bundle.load("mtcnn"), "pnet", precision="fp16", detector=DetectorSettings())
-        compile_network(import_tensorrt(name), gpu, spec, cache)
+    with gpu.current():  # a plan that is refused is one for another GPU
+        compile_network(import_tensorrt(name), gpu, trial, cache)
     return version

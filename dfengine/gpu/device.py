@@ -19,7 +19,11 @@ CONTEXTS = 2
 
 
 class GpuDevice:
-    """A GPU, with TensorRT or torch. See Device. ``precision``: of all networks."""
+    """A GPU, with TensorRT or torch. See Device.
+
+    ``precision``: of all networks; it is in ``runtime``. "fp32" is for networks whose activations leave the range of
+    float16 (65504); what `dfengine compile` makes is for "fp16".
+    """
 
     name: str
     runtime: str
@@ -27,10 +31,10 @@ class GpuDevice:
     gpu: Gpu
 
     def __init__(self, *, ordinal: int = 0, precision: GpuPrecision = "fp16") -> None:
-        """Raises DeviceError."""
+        """Raises DeviceError, OptionError."""
         self._open_lanes(Gpu.open(ordinal))
-        backend = choose_backend(self.gpu)
-        self.runtime = backend.reason
+        backend = choose_backend(self.gpu, precision=precision)
+        self.runtime = f"{backend.reason}; networks in {precision}"
         self.dtype = "float16" if precision == "fp16" else "float32"
         self._backend, self._precision = backend.name, precision
 

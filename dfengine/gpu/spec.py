@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from dfengine.bundle import Bundle, DetectorSettings, ModelSpec
+from dfengine.errors import OptionError
 from dfengine.gpu.precision import RECIPE, to_float16
 
 __all__ = ["EngineSpec", "GpuPrecision", "Profile", "Shape", "detector_profiles", "member_profiles"]
@@ -49,13 +50,18 @@ class EngineSpec:
 
     ``name``, "bundle/network", is for messages and the names of files. ``onnx``: the network as the bundle holds it,
     in float32. ``profiles``: of its inputs, in order. ``max_batch``: rows that go through it together, at most.
+    Raises OptionError for a precision that does not exist.
     """
 
     name: str
     onnx: bytes
     profiles: tuple[Profile, ...]
     max_batch: int
-    precision: GpuPrecision = "fp16"
+    precision: GpuPrecision
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(GpuPrecision):
+            raise OptionError(f"precision must be one of {', '.join(get_args(GpuPrecision))}; got {self.precision!r}")
 
     @classmethod
     def of_member(

@@ -35,7 +35,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backend(request: pytest.FixtureRequest, gpu: Gpu, cache_dir: Path) -> str:
     """Each runtime that supports this GPU; the others skip, for no GPU has all."""
     try:
-        backends._try(request.param, gpu, EngineCache(cache_dir))
+        backends._try(request.param, gpu, backends.trial_spec("fp16"), EngineCache(cache_dir))
     except DfengineError as error:
         pytest.skip(f"{request.param}: {error}")
     return str(request.param)
