@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +16,7 @@ from dfengine.bundle import Bundle, ModelSpec
 from dfengine.devices import open_decoders, open_device
 from dfengine.errors import DfengineError, OptionError, display_path
 from dfengine.gpu.lanes import CACHE_BYTES
+from dfengine.machine import default_workers, usable_cores
 from dfengine.runtime import Device
 from dfengine.sampling import Policy, parse_mode
 from dfengine.stages.aggregate import judge
@@ -35,10 +34,6 @@ T = TypeVar("T")
 
 # Of the detector, on a GPU: 16 frames at the largest level of the pyramid and their proposals, 20 MiB as a rule.
 DETECTOR_BYTES = 64 << 20
-
-# Videos in work on a GPU: two for each of the seven or eight decoders that the largest have, so that one is decoded
-# while another goes through the networks. Chosen, not measured. Cards with fewer decoders let them wait in line.
-GPU_WORKERS = 16
 
 
 class Engine:
@@ -267,28 +262,6 @@ def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | No
         mode=parse_mode(mode) if mode is not None else bundle.sampling_mode,
         members=tuple(m.name for m in bundle.members),
     )
-
-
-def default_workers(on_gpu: bool, cores: int) -> int:
-    """Videos in work at a time, unless told."""
-    return GPU_WORKERS if on_gpu else cores
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: those it is bound to, or what a container's quota amounts to, if less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, _cpu_quota())))
-
-
-def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Cores' worth of time that the control group of a container gets, inf if all it wants."""
-    with suppress(OSError, ValueError, ZeroDivisionError):
-        quota, period = (root / "cpu.max").read_text().split()  # version 2; "max" is no number
-        return int(quota) / int(period)
-    with suppress(OSError, ValueError, ZeroDivisionError):
-        quota, period = ((root / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(quota) / int(period) if int(quota) > 0 else math.inf
-    return math.inf
 
 
 class _Watch:

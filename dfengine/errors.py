@@ -56,9 +56,21 @@ def display_path(path: str | PathLike[str]) -> str:
         return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+# Lines that tell where something went wrong or that a reason follows. OpenVINO's end in a colon, but for this one.
+_PREFACES = ("Model wasn't fully converted.",)
+
+
 def first_line(error: BaseException) -> str:
-    """What an error of another package says, for a message of ours: its first line that is not empty, or its type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error of another package says, for a message of ours: the first line with a reason, or its type.
+
+    Places and prefaces ("Exception from src/inference/src/cpp/core.cpp:105:") are left out if anything follows them.
+    What PyNvVideoCodec has to say stands behind its "Error Type :".
+    """
+    text = str(error)
+    lines = [line.strip().removeprefix("-- ") for line in (text.partition("Error Type :")[2] or text).splitlines()]
+    lines = [line for line in lines if line]
+    reasons = (line for line in lines if not line.endswith(":") and line not in _PREFACES)
+    return next(reasons, lines[0] if lines else type(error).__name__)
 
 
 class DfengineError(Exception):

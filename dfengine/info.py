@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
 from typing import Any
 
 from dfengine.bundle import PACKAGED, Bundle
 from dfengine.gpu.backends import explain_cuda
+from dfengine.machine import usable_cores
 from dfengine.stages import _kernels
 
 # Without these pieces nothing is scored on a GPU. Without NVDEC frames are decoded by the CPU.
@@ -23,7 +23,7 @@ def build_info() -> dict[str, Any]:
         "dfengine": metadata.version("dfengine"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "compiler": _kernels.compiler,
         "cuda_compiled": bool(_kernels.cuda_architectures),
         "openvino": metadata.version("openvino"),
@@ -39,7 +39,7 @@ def devices() -> dict[str, str]:
     pieces = {"kernel": kernel} | explain_cuda()
     missing = [name for name, text in pieces.items() if name in NEEDED and text.startswith("not usable")]
     return {
-        "cpu": f"usable: OpenVINO {metadata.version('openvino')}, {os.cpu_count()} cores",
+        "cpu": f"usable: OpenVINO {metadata.version('openvino')}, {usable_cores()} cores",
         "cuda": f"not usable: {', '.join(missing)} (below)" if missing else f"usable: {pieces['networks'][8:]}",
         **{f"cuda {name}": text for name, text in pieces.items()},
     }

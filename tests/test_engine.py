@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -15,7 +14,6 @@ from conftest import TOLERANCE
 
 import dfengine
 from dfengine import Engine, VideoScore
-from dfengine import engine as engine_module
 from dfengine.bundle import Bundle
 from dfengine.errors import BundleNotFound, DeviceError, OptionError
 from dfengine.runtime import CpuDevice
@@ -380,24 +378,6 @@ def test_bad_options_are_refused(bundle: Path, options: dict[str, object], messa
     with pytest.raises(OptionError) as caught:
         Engine(bundle, **options)
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, math.inf),
-        ({"cpu.max": "max 100000"}, math.inf),
-        ({"cpu.max": "150000 100000"}, 1.5),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
-        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
-        ({"cpu.max": "something else"}, math.inf),
-    ],
-)
-def test_a_quota_of_a_container(tmp_path: Path, files: dict[str, str], cores: float) -> None:
-    (tmp_path / "cpu").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
-    assert engine_module._cpu_quota(tmp_path) == cores
 
 
 def test_cuda_cannot_be_had(bundle: Path) -> None:

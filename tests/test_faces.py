@@ -118,6 +118,18 @@ def test_the_table_does_not_depend_on_the_workers(clips: Path, table: FaceTable,
     assert_equal(tmp_path, table.folder)
 
 
+def test_a_process_for_each_core_that_may_be_used(
+    clips: Path, tmp_path: Path, table: FaceTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's quota may be less than the cores that it sees."""
+    asked: list[int] = []
+    monkeypatch.setattr(faces, "usable_cores", lambda: 3)
+    monkeypatch.setattr(faces, "_in_processes", lambda root, out, items, settings, workers: asked.append(workers) or [])
+    shutil.copytree(table.folder, tmp_path / "faces")
+    extract(clips, tmp_path / "faces", FEW, split="train")
+    assert asked == [3]
+
+
 def assert_equal(folder: Path, other: Path) -> None:
     assert pq.read_table(folder / "faces.parquet").equals(pq.read_table(other / "faces.parquet"), check_metadata=True)
     crops = sorted(p.relative_to(folder) for p in folder.glob("crops/*/*.png"))

@@ -7,13 +7,15 @@ the former checkpoint or the new one, whole.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
+
+from dfengine.errors import first_line
+from dfengine.files import replacing
 
 from .errors import CheckpointError
 
@@ -22,26 +24,16 @@ KEY = "dfengine"  # the entry of the header that holds our JSON
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Raises CheckpointError, and leaves the former file, if the disk is full or the folder gone."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         former = "the former one is kept" if path.exists() else "there is no former one"
         raise CheckpointError(
             f"could not be written ({error.strerror}, {len(data) / 1e6:.1f} MB); {former}; make room and "
             "go on with --resume",
             path=path,
         ) from None
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the move itself
-    finally:
-        os.close(folder)
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -72,7 +64,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError("there is no such file", path=path) from None
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"this is no safetensors file ({str(error).splitlines()[0]}); pickled weights (.pt, .pth, .bin) are not "
+            f"this is no safetensors file ({first_line(error)}); pickled weights (.pt, .pth, .bin) are not "
             "read because loading them runs code: convert them",
             path=path,
         ) from None

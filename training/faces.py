@@ -37,7 +37,9 @@ from PIL import ImageDraw, ImageOps
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dfengine.bundle import DetectorSettings, ModelSpec, TrackingSettings, from_plain
-from dfengine.errors import DfengineError, InputError, OptionError
+from dfengine.errors import DfengineError, InputError, OptionError, first_line
+from dfengine.files import replacing
+from dfengine.machine import usable_cores
 from dfengine.sampling import Policy, parse_mode
 from dfengine.stages import _kernels
 from dfengine.stages.crop import crop_boxes
@@ -91,7 +93,7 @@ def extract(
     parts = {item: out / "parts" / f"{_key(item)}.parquet" for item in items}
     todo = [item for item in items if not _is_done(parts[item], root / item.path)]
     on_progress(len(items) - len(todo), len(items))
-    for done, _ in enumerate(_in_processes(root, out, todo, settings, workers or len(os.sched_getaffinity(0))), 1):
+    for done, _ in enumerate(_in_processes(root, out, todo, settings, workers or usable_cores()), 1):
         on_progress(len(items) - len(todo) + done, len(items))
     tables = [
         _with_labels(pq.read_table(parts[item]), item, item_split)
@@ -186,7 +188,7 @@ def _one_photo(path: Path) -> Iterator[Frames]:
         with PilImage.open(path) as photo:
             rgb = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
     except (OSError, ValueError, SyntaxError, PilImage.DecompressionBombError) as error:  # Pillow raises all of these
-        raise InputError(f"the photo cannot be read ({error})", path=path, stage="open") from None
+        raise InputError(f"the photo cannot be read ({first_line(error)})", path=path, stage="open") from None
     yield Frames((Image.from_rgb(np.ascontiguousarray(rgb)),), np.zeros(1), np.zeros(1, np.int64))
 
 
@@ -256,9 +258,8 @@ def _with_labels(part: pa.Table, item: Item, split: str) -> pa.Table:
 def _write_table(path: Path, table: pa.Table) -> None:
     """The old file or the whole new one is there, whatever happens."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial)
 
 
 def _check_settings(out: Path, settings: ExtractSettings) -> None:
@@ -272,9 +273,8 @@ def _check_settings(out: Path, settings: ExtractSettings) -> None:
     for left_behind in out.glob("parts/*.partial"):  # by a run that was killed
         left_behind.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(file)
+    with replacing(file) as partial:
+        partial.write_text(text)
 
 
 # -- many items --------------------------------------------------------------------------------------------------------

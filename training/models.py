@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfengine.bundle import AudioSettings, ModelSpec
-from dfengine.errors import OptionError
+from dfengine.errors import OptionError, first_line
 
 from .checkpoint import read_tensors
 from .errors import WeightsError
@@ -283,7 +283,7 @@ def _published(name: str, make: Callable[[], nn.Module] | None) -> nn.Module:
     try:
         return make()
     except Exception as error:  # whatever the hub's client raises: there are no weights, and no other way is taken
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = first_line(error)[:200]
         raise WeightsError(
             f"model.pretrained: the weights of {name} cannot be fetched ({type(error).__name__}: {reason}); fetch "
             "them on a machine with a network and set pretrained to the .safetensors file, or to false to start "

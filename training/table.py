@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, first_line
 from dfengine.types import F32, F64, I64
 
 from .labels import SPLITS, check_disjoint
@@ -82,7 +82,7 @@ class FaceTable:
         except FileNotFoundError:
             raise DataError("there is no faces.parquet; make it with python -m training.faces", path=folder) from None
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"the table cannot be read ({error}); make it again", path=file) from None
+            raise DataError(f"the table cannot be read ({first_line(error)}); make it again", path=file) from None
         about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         if missing := set(SCHEMA.names) - set(table.column_names):
             raise DataError(f"the table has no column {min(missing)!r}; make it again", path=file)
@@ -173,7 +173,8 @@ class FaceTable:
                 rgb = np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError) as error:
             raise DataError(
-                f"the crop cannot be read ({error}); remove its table in parts/ and run training.faces", path=file
+                f"the crop cannot be read ({first_line(error)}); remove its table in parts/ and run training.faces",
+                path=file,
             ) from None
         if rgb.shape[:2] != tuple(self.crop_hw[row]):
             raise DataError(f"the crop has size {rgb.shape[:2]}, the table says {tuple(self.crop_hw[row])}", path=file)

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.errors import DeviceError, DfengineError, OptionError
+from dfengine.errors import DeviceError, DfengineError, OptionError, first_line
 from dfengine.gpu.cache import EngineCache, default_cache_dir
 from dfengine.gpu.executor import Executor
 from dfengine.gpu.lanes import Gpu
@@ -132,7 +132,7 @@ def _explain_package(package: str, module: str) -> str:
     try:
         importlib.import_module(module)
     except Exception as error:  # PyNvVideoCodec raises RuntimeError where the driver lacks a library
-        return f"not usable: {package} {version} cannot be loaded ({error})"
+        return f"not usable: {package} {version} cannot be loaded ({first_line(error)})"
     return f"usable: {package} {version}"
 
 
@@ -154,7 +154,7 @@ def _version(name: str) -> str:
         import onnx2torch  # noqa: F401
         import torch
     except ImportError as error:
-        raise DeviceError(f"torch: {error}; pip install 'dfengine[gpu-torch]'", stage="device") from None
+        raise DeviceError(f"torch: {first_line(error)}; pip install 'dfengine[gpu-torch]'", stage="device") from None
     return str(torch.__version__)
 
 

@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from dfengine.errors import OutputError
+from dfengine.files import replacing
 
 log = logging.getLogger("dfengine")
 
@@ -89,7 +89,7 @@ class EngineCache:
     def write(self, path: Path, key: Key, plan: bytes) -> None:
         """Whole or not at all. Raises OutputError."""
         header = json.dumps({"key": json.loads(_to_json(key)), "sha256": hashlib.sha256(plan).hexdigest()})
-        write_atomically(path, header.encode() + b"\n" + plan)
+        write_cached(path, header.encode() + b"\n" + plan)
 
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
@@ -104,19 +104,12 @@ class EngineCache:
             yield
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file; whoever reads it sees all of the old or all of the new one. Raises OutputError."""
+def write_cached(path: Path, data: bytes) -> None:
+    """Replaces a file of the cache, and makes its folder. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with replacing(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise OutputError(f"cannot be written ({error.strerror})", path=path, stage="runtime") from None
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine.errors import DeviceMemoryError, InferenceError
+from dfengine.errors import DeviceMemoryError, InferenceError, first_line
 from dfengine.gpu.lanes import DeviceArray, Event, Gpu, Lane
 from dfengine.gpu.spec import EngineSpec, Shape
 
@@ -97,7 +97,7 @@ class Executor:
         except self._gpu.Error as error:
             rows = sum(len(part[0]) for part in parts)
             raise InferenceError(
-                f"network {self.name} failed on a batch of {rows} ({error})", stage="runtime"
+                f"network {self.name} failed on a batch of {rows} ({first_line(error)})", stage="runtime"
             ) from None
 
     def _on_device(self, array: Any) -> DeviceArray:

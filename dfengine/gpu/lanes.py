@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from dfengine.errors import DeviceError, DeviceMemoryError
+from dfengine.errors import DeviceError, DeviceMemoryError, first_line
 
 __all__ = ["DeviceArray", "Event", "Gpu", "Graph", "Lane"]
 
@@ -490,8 +490,8 @@ def _find(ordinal: int) -> tuple[Any, Any]:
         count = pycuda.Device.count()
     except pycuda.Error as error:
         raise DeviceError(
-            f"no GPU can be used: the driver says '{error}'; nvidia-smi must list the GPU, and in a container "
-            "NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
+            f"no GPU can be used: the driver says '{first_line(error)}'; nvidia-smi must list the GPU, and in a "
+            "container NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
             stage="device",
         ) from None
     if not 0 <= ordinal < count:
@@ -534,7 +534,8 @@ def _check(graphs: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _why_no_pycuda(error: ImportError) -> str:
     if "libcuda" in str(error):
-        return f"there is no NVIDIA driver ({error}); install it, or start the container with --gpus all"
+        return f"there is no NVIDIA driver ({first_line(error)}); install it, or start the container with --gpus all"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "pycuda":
         return "the package pycuda is missing; pip install 'dfengine[gpu]'"
-    return f"the package pycuda cannot be loaded ({error}); build it anew: pip install --force-reinstall pycuda"
+    why = first_line(error)
+    return f"the package pycuda cannot be loaded ({why}); build it anew: pip install --force-reinstall pycuda"

@@ -37,7 +37,7 @@ import numpy as np
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from dfengine.errors import DeviceError, DeviceMemoryError
+from dfengine.errors import DeviceError, DeviceMemoryError, first_line
 from dfengine.sampling import Mode, Segment
 from dfengine.stages.decode.cpu import to_image
 from dfengine.stages.decode.nal import NalFormat, Picture, Sequence
@@ -100,7 +100,9 @@ class NvdecPool:
                         gpuid=self._gpu.ordinal, codec=named, chromaformat=chroma, bitdepth=bit_depth
                     )
                 except Exception as error:  # of no common type
-                    raise DeviceError(f"NVDEC cannot be asked what it takes: {_line(error)}", stage="device") from None
+                    raise DeviceError(
+                        f"NVDEC cannot be asked what it takes: {first_line(error)}", stage="device"
+                    ) from None
                 self._caps[codec, bit_depth] = dict(caps)
             return self._caps[codec, bit_depth]
 
@@ -153,7 +155,7 @@ class NvdecPool:
         except BaseException as error:
             self._forget(lane)
             if isinstance(error, Exception):
-                raise CannotDecode(f"NVDEC cannot be started: {_line(error)}") from error
+                raise CannotDecode(f"NVDEC cannot be started: {first_line(error)}") from error
             raise
 
     def give_back(self, session: _Session, *, healthy: bool) -> None:
@@ -378,7 +380,7 @@ class NvdecDecoder:
         except (CannotDecode, DeviceMemoryError):
             raise
         except Exception as error:  # PyNvVideoCodec's have no common type
-            raise CannotDecode(f"NVDEC failed: {_line(error)}") from error
+            raise CannotDecode(f"NVDEC failed: {first_line(error)}") from error
         return pictures
 
     def _copy(self, frame: Any) -> Image:
@@ -420,7 +422,7 @@ class NvdecDecoder:
                     self._session.decode(b"", 0)
             except Exception as error:
                 self._healthy = False
-                raise CannotDecode(f"NVDEC failed: {_line(error)}") from error
+                raise CannotDecode(f"NVDEC failed: {first_line(error)}") from error
 
 
 class _Due:
@@ -472,14 +474,8 @@ def _import_nvc() -> Any:
         import PyNvVideoCodec
     except Exception as error:  # without the driver's libraries it raises RuntimeError
         raise DeviceError(
-            f"NVDEC cannot be used: {_line(error)}; pip install 'dfengine[gpu]', and in a container "
+            f"NVDEC cannot be used: {first_line(error)}; pip install 'dfengine[gpu]', and in a container "
             "NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
             stage="device",
         ) from None
     return PyNvVideoCodec
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, in one line. PyNvVideoCodec's say where, then "Error Type :" and what, then where again."""
-    text = str(error).strip() or type(error).__name__
-    return text.partition("Error Type :")[2].strip().partition("\n")[0] or text.partition("\n")[0].strip()

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, OutputError
-from dfengine.gpu.cache import EngineCache, write_atomically
+from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, OutputError, first_line
+from dfengine.gpu.cache import EngineCache, write_cached
 from dfengine.gpu.executor import Executor, Network
 from dfengine.gpu.lanes import DeviceArray, Gpu, Graph, Lane
 from dfengine.gpu.spec import EngineSpec
@@ -99,7 +99,8 @@ class TensorRt:
                 )  # fmt: skip
             except ValueError as error:
                 raise InferenceError(
-                    f"input {i} of network {name} cannot have the shape {profile.usual} ({error})", stage="runtime"
+                    f"input {i} of network {name} cannot have the shape {profile.usual} ({first_line(error)})",
+                    stage="runtime",
                 ) from None
         self._check(config.add_optimization_profile(shapes) >= 0, name, "its input shapes were refused")
         if not self.is_rtx:
@@ -165,7 +166,7 @@ def import_tensorrt(name: str) -> TensorRt:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
         extra = "gpu-rtx" if name == "tensorrt_rtx" else "gpu"
-        why = f"the package is missing; pip install 'dfengine[{extra}]'" if missing else str(error)
+        why = f"the package is missing; pip install 'dfengine[{extra}]'" if missing else first_line(error)
         raise DeviceError(f"{name}: {why}", stage="device") from None
     if name == "tensorrt" and tuple(map(int, module.__version__.split(".")[:2])) < OLDEST:
         raise DeviceError(
@@ -188,7 +189,7 @@ def compile_network(runtime: TensorRt, gpu: Gpu | None, spec: EngineSpec, cache:
 
         def keep(data: bytes) -> None:
             try:
-                write_atomically(timing, data)
+                write_cached(timing, data)
             except OutputError as error:
                 log.warning("%s", error)
 
@@ -286,7 +287,7 @@ class RtxNetwork:
         kernels = bytes(self._kernels.serialize())
         if len(kernels) != self._known_bytes:
             try:
-                write_atomically(self._file, kernels)
+                write_cached(self._file, kernels)
             except OutputError as error:
                 log.warning("%s", error)
 

@@ -52,7 +52,8 @@ def to_module(onnx: bytes, name: str, device: str) -> Any:
         module = onnx2torch.convert(model).eval().requires_grad_(False)
     except NotImplementedError as error:
         raise InferenceError(
-            f"network {name} cannot run on torch: onnx2torch does not know all of it ({error})", stage="runtime"
+            f"network {name} cannot run on torch: onnx2torch does not know all of it ({first_line(error)})",
+            stage="runtime",
         ) from None
     onnx2torch_more.replace(module, device)
     for tensor in (*module.parameters(), *module.buffers()):

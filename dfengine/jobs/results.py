@@ -13,7 +13,6 @@ made anew, and goes on behind the rest.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import fcntl
 import heapq
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from dfengine.errors import OptionError, OutputError
+from dfengine.files import replacing
 from dfengine.types import VideoScore
 
 # The flat columns of tables, in order: one row a video.
@@ -137,7 +137,6 @@ class _Csv(Format):
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")  # columns of the user
             writer.writeheader()
             writer.writerows(rows)
-            os.fsync(file.fileno())
 
     def read_table(self) -> Iterator[Row]:
         with self.path.open(encoding="utf-8", newline="") as file:
@@ -166,8 +165,6 @@ class _Parquet(Format):
         with arrow.parquet.ParquetWriter(path, schema) as writer:
             for part in _in_parts(rows, PARQUET_ROWS):
                 writer.write_table(arrow.Table.from_pylist(part, schema))
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
     def read_table(self) -> Iterator[Row]:
         with self._arrow.parquet.ParquetFile(self.path) as file:  # ArrowInvalid is a ValueError
@@ -241,7 +238,7 @@ class Journal(AbstractContextManager["Journal"]):
         """All rows are there: makes the table and removes its journal. Raises OutputError, and the journal stays."""
         try:
             if self._has_table:
-                with _replacing(self._format.path) as partial:
+                with replacing(self._format.path) as partial:
                     self._format.write_table(self._in_order(), partial)
                 self.path.unlink(missing_ok=True)
         except OSError as error:
@@ -262,21 +259,16 @@ class Journal(AbstractContextManager["Journal"]):
                 keep.pop(path, None)
                 self.done.pop(requested[path], None)
         lines = set(keep.values())
-        partial = _partial(self.path)
-        with suppress(FileNotFoundError):
-            partial.unlink()
-        new = _open_locked(partial)
-        try:
-            with open(new, "wb", closefd=False) as file:
-                for number, row in enumerate(self._old_rows()):
-                    if number in lines:
-                        file.write((_line(row) + "\n").encode("ascii"))
-            os.fsync(new)
-            partial.replace(self.path)
-        except BaseException:
-            os.close(new)
-            partial.unlink(missing_ok=True)
-            raise
+        with replacing(self.path) as partial:
+            new = _open_locked(partial)
+            try:
+                with open(new, "wb", closefd=False) as file:
+                    for number, row in enumerate(self._old_rows()):
+                        if number in lines:
+                            file.write((_line(row) + "\n").encode("ascii"))
+            except BaseException:
+                os.close(new)
+                raise
         os.close(self._file)
         self._file = new
 
@@ -359,12 +351,10 @@ class Submission:
     def save(self) -> None:
         """Replaces the file in one step."""
         try:
-            with _replacing(self._path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+            with replacing(self._path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(("filename", "label"))
                 writer.writerows((n, self._missing if p is None else p) for n, p in self._labels.items())
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as error:
             raise _output_error(self._path, error) from None
         self._saved = time.monotonic()
@@ -518,23 +508,6 @@ def _append(file: int, data: bytes) -> None:
     except OSError:
         with suppress(OSError):
             os.ftruncate(file, end)
-        raise
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write to; what is there afterwards takes the place of ``path`` in one step."""
-    partial = _partial(path)
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise
 
 

@@ -31,10 +31,11 @@ from typing import Any
 
 from dfengine.bundle import Bundle
 from dfengine.devices import resolve_device
-from dfengine.engine import default_workers, make_plan, usable_cores
+from dfengine.engine import make_plan
 from dfengine.errors import OptionError, WorkerCrashed, display_path
 from dfengine.jobs.deadline import Deadline, Step, ladder
 from dfengine.jobs.worker import Died, Process, Ready, Scored, Scorer, Setup, StartFailed, Task, Worker, engine_scorer
+from dfengine.machine import default_workers, usable_cores
 from dfengine.types import ErrorInfo, PathLikeStr, VideoScore
 
 log = logging.getLogger("dfengine")

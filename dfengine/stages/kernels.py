@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine.errors import InferenceError
+from dfengine.errors import InferenceError, first_line
 from dfengine.stages import _kernels
 from dfengine.types import F32, Array, Dtype, Image, on_device
 
@@ -44,7 +44,7 @@ def crop_resize(
         try:
             _kernels.crop_resize_cuda(images, boxes, image_index, out=out, stream=lane.stream, **options)
         except RuntimeError as error:
-            raise InferenceError(str(error), stage="crop") from None
+            raise InferenceError(first_line(error), stage="crop") from None
     return out
 
 
