@@ -7,6 +7,7 @@ machinery, not the rules.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dfengine.runtime import CpuDevice
 from dfengine.stages.aggregate import Verdict, judge
 from dfengine.stages.crop import crop_boxes
 from dfengine.stages.detect import Detector
-from dfengine.stages.track import Linker, select
+from dfengine.stages.people import People
 from dfengine.types import F32, Faces, Frames, Image
 
 # Frames that MTCNN sees at a time. Of the published systems that batch, one takes 8 and one 60; on two cores 1 to 8
@@ -48,6 +49,7 @@ class Baseline:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = device
         self._bundle = bundle
+        self.settings = bundle.detector
         self._frames = frames
         self._min_face_px = min_face_px
         # dfengine's conversion, for the few operators that onnx2torch lacks; in the layout of people's own models.
@@ -61,9 +63,8 @@ class Baseline:
     def score(self, path: Path) -> Verdict | None:
         """None if there is no face."""
         pictures, seconds, index = self._decode(path)
-        frames = Frames(tuple(Image.from_rgb(p) for p in pictures), seconds, index)
-        rows = Linker(self._bundle.tracking).link(frames, self._detect(pictures))
-        rows = rows[np.isin(rows.track_id, select(rows, len(frames), self._bundle.tracking))]
+        frames = Frames(tuple(_RgbImage.of(p) for p in pictures), seconds, index)
+        ((_, rows),) = People(self, self._bundle.tracking, "exact").each([frames])
         if len(rows) == 0:
             return None
         logits = {}
@@ -92,9 +93,11 @@ class Baseline:
         order = np.array(index, np.int64)
         return pictures, order / rate, order
 
-    def _detect(self, pictures: list[Picture]) -> Faces:
+    def detect(self, images: Sequence[Image], *, stride: int = 1) -> Faces:
+        """All frames are searched, whatever the stride. See dfengine.stages.people.FaceDetector."""
+        pictures = [image.picture for image in images]  # type: ignore[attr-defined]
         h, w = pictures[0].shape[:2]
-        self._mtcnn.min_face_size = self._min_face_px or max(20, self._bundle.detector.min_face_ratio * min(h, w))
+        self._mtcnn.min_face_size = self._min_face_px or max(20, self.settings.min_face_ratio * min(h, w))
         columns: list[list[Any]] = [[], [], [], []]
         for start in range(0, len(pictures), MTCNN_BATCH):
             found = self._mtcnn.detect(np.stack(pictures[start : start + MTCNN_BATCH]), landmarks=True)
@@ -123,6 +126,7 @@ class FairBaseline(Baseline):
 
     def __init__(self, bundle: Bundle, *, frames: int = 17, threads: int = 1) -> None:
         self._bundle = bundle
+        self.settings = bundle.detector
         self._frames = frames
         self._threads = threads
         self._detector = _RgbDetector(bundle.detector, threads=threads)
@@ -144,8 +148,8 @@ class FairBaseline(Baseline):
         pictures, seconds, index = zip(*kept, strict=True)
         return list(pictures), np.array(seconds), np.array(index, np.int64)
 
-    def _detect(self, pictures: list[Picture]) -> Faces:
-        return self._detector.detect([_RgbImage.of(p) for p in pictures])
+    def detect(self, images: Sequence[Image], *, stride: int = 1) -> Faces:
+        return self._detector.detect(images, stride=stride)
 
     def _run(self, member: ModelSpec, batch: F32) -> NDArray[np.floating[Any]]:
         return self._sessions[member.name].run(batch)[0]

@@ -20,7 +20,7 @@ from dfengine.sampling import Policy
 from dfengine.stages.crop import crop_tracks
 from dfengine.stages.decode import open_video
 from dfengine.stages.detect import Detector
-from dfengine.stages.track import Linker
+from dfengine.stages.people import People
 from dfengine.types import Frames
 
 POLICY = Policy.parse("uniform:17")
@@ -57,7 +57,7 @@ def main() -> None:
             f"detect, stride {stride}", lambda stride=stride: detector.detect(frames.images, stride=stride), "frame",
             len(frames),
         )  # fmt: skip
-    rows_found = Linker(default.tracking).link(frames, detector.detect(frames.images))
+    ((_, rows_found),) = People(detector, default.tracking, "exact").each([frames])
     with tempfile.TemporaryDirectory() as temporary:
         bundles = {"default": default} | {name: make_bundle(name, Path(temporary)) for name in NETS}
         for name, bundle in bundles.items():

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +24,11 @@ from dfengine.stages.backbone import BATCH_CROPS, Backbone
 from dfengine.stages.crop import crop_tracks
 from dfengine.stages.decode import DEFAULT_MEMORY_BYTES, Video, open_video
 from dfengine.stages.detect import Detector
-from dfengine.stages.track import Linker, select
+from dfengine.stages.people import People
+from dfengine.timing import Watch
 from dfengine.types import F64, Crops, ErrorInfo, PathLikeStr, Plan, Tracks, VideoScore
 
 log = logging.getLogger("dfengine")
-
-T = TypeVar("T")
 
 # Of the detector, on a GPU: 16 frames at the largest level of the pyramid and their proposals, 20 MiB as a rule.
 DETECTOR_BYTES = 64 << 20
@@ -153,7 +151,7 @@ class Engine:
         if self._nets is None:
             raise RuntimeError("the engine is closed; make a new one")
         plan = plan or self.plan
-        watch = _Watch(on_stage)
+        watch = Watch(on_stage)
         known: dict[str, Any] = {
             "path": display_path(path),
             "sampling": plan.sampling,
@@ -182,7 +180,7 @@ class Engine:
         path: PathLikeStr,
         threads: int,
         plan: Plan,
-        watch: _Watch,
+        watch: Watch,
         known: dict[str, Any],
         lane: Any,
         detector: Detector,
@@ -190,11 +188,8 @@ class Engine:
     ) -> dict[str, Any]:
         """Fields of the VideoScore. ``known`` is filled on the way, so that a failed video tells how far it got."""
         policy, mode = Policy.parse(plan.sampling), parse_mode(plan.mode)
-        linker = Linker(self.bundle.tracking)
-        parts: list[Tracks] = []
+        people = People(detector, self.bundle.tracking, mode, watch=watch)
         logits: list[dict[str, F64]] = []
-        sampled = 0
-        stride = 1 if mode == "exact" else self.bundle.detector.stride
         with watch("decode"):
             video = open_video(path, threads=threads, lane=lane, pool=self._decoders)
         sounds: dict[str, Sound] = {}
@@ -203,18 +198,9 @@ class Engine:
                 with watch("audio"):
                     sounds[member.name] = load_log_mel(path, member.audio)
         clips = backbone.clips({name: sound.log_mel for name, sound in sounds.items()}, only=plan.members)
-        with video:
-            known |= self._how_decoded(video)
-            for frames in watch.each("decode", video.frames(policy, mode, memory_bytes=self._memory_bytes)):
-                sampled += len(frames)
-                known |= self._how_decoded(video)
-                with watch("detect"):
-                    faces = detector.detect(frames.images, stride=stride)
-                with watch("track"):
-                    rows = linker.link(frames, faces)
-                    if frames.is_last:  # mostly the only one; the video was seen, so it is known who counts
-                        people = select(Tracks.concatenate([*parts, rows]), sampled, self.bundle.tracking)
-                        rows = rows[np.isin(rows.track_id, people)]
+        with video, self._noting_how_decoded(video, known):
+            chunks = watch.each("decode", video.frames(policy, mode, memory_bytes=self._memory_bytes))
+            for frames, rows in people.each(chunks):
 
                 def make_crops(spec: ModelSpec, part: slice, images: Any = frames.images, rows: Tracks = rows) -> Crops:
                     with watch("crop"):
@@ -223,36 +209,36 @@ class Engine:
                 with watch("backbone"):
                     logits.append(backbone.run(len(rows), make_crops, only=plan.members))
                     clips.add(rows, make_crops)
-                parts.append(rows)
-            known |= self._how_decoded(video)
             deaf = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing is not None)
             known["warnings"] = (*video.warnings, *deaf)
         with watch("backbone"):
             of_clips = clips.finish()
         with watch("aggregate"):
-            tracks = Tracks.concatenate(parts)
-            order = np.lexsort((tracks.pts_seconds, tracks.track_id))
-            order = order[np.isin(tracks.track_id[order], people)]
+            tracks, order = people.finish()
             if len(order) == 0:
                 return {"status": "no_face"}
             columns = {name: np.concatenate([part[name] for part in logits]) for name in logits[0]} | of_clips
-            verdict = judge(tracks[order], {name: column[order] for name, column in columns.items()}, self.bundle)
+            verdict = judge(tracks, {name: column[order] for name, column in columns.items()}, self.bundle)
         return {
             "status": "ok",
             "p_fake": verdict.p_fake,
             "logit": verdict.logit,
             "tracks": verdict.tracks,
             "members": verdict.members,
-            "frames_scored": len(np.unique(tracks.index[order])),
+            "frames_scored": len(np.unique(tracks.index)),
         }
 
-    def _how_decoded(self, video: Video) -> dict[str, Any]:
-        """What is known of the decoding so far; a video may change decoders on the way."""
-        return {
-            "decoder": video.name,
-            "fallback_reason": video.fallback_reason or self._no_decoders or None,
-            "frames_decoded": video.frames_decoded,
-        }
+    @contextmanager
+    def _noting_how_decoded(self, video: Video, known: dict[str, Any]) -> Iterator[None]:
+        """Whatever happens inside, what is known of the decoding is in ``known`` afterwards."""
+        try:
+            yield
+        finally:
+            known |= {
+                "decoder": video.name,
+                "fallback_reason": video.fallback_reason or self._no_decoders or None,
+                "frames_decoded": video.frames_decoded,
+            }
 
 
 def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | None = None) -> Plan:
@@ -262,39 +248,6 @@ def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | No
         mode=parse_mode(mode) if mode is not None else bundle.sampling_mode,
         members=tuple(m.name for m in bundle.members),
     )
-
-
-class _Watch:
-    """Wall-clock seconds by stage. Nested stages count once, in the inner one."""
-
-    def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.stage = ""
-        self._on_stage = on_stage or (lambda stage: None)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        outer, self.stage = self.stage, stage
-        self._on_stage(stage)
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-            if outer:
-                self.seconds[outer] = self.seconds.get(outer, 0.0) - spent
-        self.stage = outer  # after an error it stays, to say where that happened
-        self._on_stage(outer)
-
-    def each(self, stage: str, items: Iterator[T]) -> Iterator[T]:
-        """Passes items on and counts the time it took to make them."""
-        while True:
-            with self(stage):
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
 
 
 def _failed(kind: str, stage: str, message: str) -> dict[str, Any]:

@@ -45,8 +45,8 @@ from dfengine.stages import _kernels
 from dfengine.stages.crop import crop_boxes
 from dfengine.stages.decode import open_video
 from dfengine.stages.detect import Detector
-from dfengine.stages.track import Linker, select
-from dfengine.types import F32, Frames, Image, Tracks
+from dfengine.stages.people import People
+from dfengine.types import F32, Frames, Image
 
 from .labels import Item, assign_splits, read_items
 from .table import FACE_FIELDS, SCHEMA, FaceTable
@@ -122,34 +122,23 @@ def find_faces(path: Path, is_photo: bool, detector: Detector, settings: Extract
 
     Raises InputError.
     """
-    parts: list[tuple[Tracks, tuple[Any, ...]]] = []
-    linker = Linker(settings.tracking)
-    sampled = 0
-    stride = 1 if is_photo or settings.sampling_mode == "exact" else settings.detector.stride
-    for frames in _one_photo(path) if is_photo else _video_frames(path, settings):
-        sampled += len(frames)
-        rows = linker.link(frames, detector.detect(frames.images, stride=stride))
-        if frames.is_last:
-            people = select(Tracks.concatenate([*(p for p, _ in parts), rows]), sampled, settings.tracking)
-            rows = rows[np.isin(rows.track_id, people)]
-        if is_photo and len(rows):  # of one person: others in the picture are nobody we know
-            rows = rows[[int(np.argmax(np.prod(rows.xyxy[:, 2:] - rows.xyxy[:, :2], axis=1)))]]
-        regions = [cut_region(frames.images[f], box, settings) for f, box in zip(rows.frame, rows.xyxy, strict=True)]
-        parts.append((rows, tuple(regions)))
-    found = [
-        (rows[[r]], region)
-        for rows, regions in parts
-        for r, region in enumerate(regions)
-        if rows.track_id[r] in people  # nobody knew while the video went on
-    ]
-    for row, (rgb, crop_xyxy) in sorted(found, key=lambda f: (f[0].track_id[0], f[0].index[0])):
+    people = People(detector, settings.tracking, parse_mode(settings.sampling_mode))
+    regions: list[tuple[NDArray[np.uint8], NDArray[np.int32]]] = []
+    for frames, rows in people.each(_one_photo(path) if is_photo else _video_frames(path, settings)):
+        regions += [cut_region(frames.images[f], box, settings) for f, box in zip(rows.frame, rows.xyxy, strict=True)]
+    rows, order = people.finish()
+    kept = range(len(rows))
+    if is_photo and len(rows):  # of one person: others in the picture are nobody we know
+        kept = [int(np.argmax(np.prod(rows.xyxy[:, 2:] - rows.xyxy[:, :2], axis=1)))]
+    for r in kept:
+        rgb, crop_xyxy = regions[order[r]]
         yield {
-            "track": row.track_id[0],
-            "pts_seconds": row.pts_seconds[0],
-            "index": row.index[0],
-            "box": row.xyxy[0],
-            "landmarks": row.landmarks[0].reshape(10) if row.detected[0] else None,
-            "confidence": row.confidence[0],
+            "track": rows.track_id[r],
+            "pts_seconds": rows.pts_seconds[r],
+            "index": rows.index[r],
+            "box": rows.xyxy[r],
+            "landmarks": rows.landmarks[r].reshape(10) if rows.detected[r] else None,
+            "confidence": rows.confidence[r],
             "crop": rgb,
             "crop_xyxy": crop_xyxy,
             "crop_hw": rgb.shape[:2],
