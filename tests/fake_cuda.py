@@ -78,6 +78,7 @@ class _Driver:
         self.allocated = 0
         self.calls: list[str] = []  # in order
         self.refuses_graphs = False
+        self.fails: dict[str, str] = {}  # what the driver says, by the name of a call that fails from now on
         self._depth = threading.local()
         self._streams: dict[int, _Stream] = {}
         driver = self
@@ -103,6 +104,9 @@ class _Driver:
         if not self._current():
             raise self.LogicError(f"{name} failed: invalid device context")
         self.calls.append(name)
+        if name in self.fails:
+            kind = self.MemoryError if "out of memory" in self.fails[name] else self.Error
+            raise kind(f"{name} failed: {self.fails[name]}")
         if stream is not None and stream.captured is not None:
             if work is None:
                 raise self.LogicError(f"{name} failed: operation not permitted when stream is capturing")
@@ -222,6 +226,8 @@ class _Graphs:
 
     class CUresult(Enum):
         CUDA_SUCCESS = 0
+        CUDA_ERROR_OUT_OF_MEMORY = 2
+        CUDA_ERROR_ILLEGAL_ADDRESS = 700
         CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
@@ -248,6 +254,8 @@ class _Graphs:
         return self.CUresult.CUDA_SUCCESS, self._keep(self._works[graph])
 
     def cuGraphLaunch(self, graph: int, stream: int) -> tuple[Any]:  # noqa: N802
+        if "cuGraphLaunch" in self._driver.fails:
+            return (self.CUresult[self._driver.fails["cuGraphLaunch"]],)
         works = self._works[graph]
         self._driver.called("launch", self._driver._streams[stream], work=lambda: [work() for work in works])  # type: ignore[arg-type,return-value]
         return (self.CUresult.CUDA_SUCCESS,)

@@ -28,6 +28,7 @@ class FakeTensorRt:
         self.contexts = 0
         self.known_kernels = 0  # caches that could be used again
         self.refuses_plans = False
+        self.memory_is_full = False
         self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
         self.MemoryPoolType = SimpleNamespace(WORKSPACE=0)
         self.BuilderFlag = SimpleNamespace(TF32="TF32")
@@ -143,6 +144,9 @@ class _Runtime:
     def deserialize_cuda_engine(self, plan: bytes) -> _Engine | None:
         if self._trt.refuses_plans or not plan.startswith(MAGIC):
             self._logger.log(1, "serialization error: version tag does not match")
+            return None
+        if self._trt.memory_is_full:
+            self._logger.log(1, "defaultAllocator.cpp: Cuda failure: out of memory")
             return None
         return _Engine(self._trt, plan)
 

@@ -70,7 +70,7 @@ def test_what_cannot_be_compiled(
 def test_without_a_gpu_an_engine_cannot_be_loaded(rtx: TensorRt, tmp_path: Path) -> None:
     """What it says depends on the machine; that it is no crash does not."""
     plan = rtx.build(make_spec("mtcnn/rnet", tmp_path))
-    if rtx.load(plan[:1000]) is None:
+    if rtx.load(plan[:1000], "rnet") is None:
         assert rtx.messages.last.startswith("engine invalid here")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +191,73 @@ def test_a_failed_capture_leaves_a_lane_that_works(gpu: FakeGpu) -> None:
     assert gpu.fake.graphs.live == 0
 
 
+@pytest.mark.parametrize(
+    ("call", "what", "kind", "message"),
+    [
+        ("htod", "an illegal memory access was encountered", DeviceError,
+         r"the GPU failed \(htod failed: an illegal memory access was encountered\); .* start the process again"),
+        ("synchronize", "unspecified launch failure", DeviceError, r"the GPU failed \(synchronize failed: unspecified"),
+        ("Event", "out of memory", DeviceMemoryError,
+         r"the GPU's memory is full \(Event failed: out of memory\); lower workers or memory_bytes"),
+        ("pagelocked_empty", "out of memory", DeviceMemoryError, "memory is full .pagelocked_empty failed"),
+        ("mem_alloc", "initialization error", DeviceError, "the GPU failed .mem_alloc failed: initialization error"),
+    ],
+)  # fmt: skip
+def test_what_the_driver_refuses_leaves_a_lane_as_an_error_of_ours(
+    gpu: FakeGpu, call: str, what: str, kind: type[Exception], message: str
+) -> None:
+    lane = gpu.lane()
+    gpu.fake.fails[call] = what
+    with pytest.raises(kind, match=message) as caught, lane:
+        lane.download(lane.upload(np.ones(3)))
+    assert caught.value.__suppress_context__  # one line, not PyCUDA's too
+    gpu.fake.fails.clear()
+    with lane:
+        assert lane.download(lane.upload(np.ones(3)))[0] == 1
+    assert gpu.fake._current() == 0
+
+
+def test_what_the_driver_refuses_without_a_lane(gpu: FakeGpu) -> None:
+    gpu.fake.fails["Stream"] = "out of memory"
+    with pytest.raises(DeviceMemoryError, match=r"memory is full \(Stream failed: out of memory\)"):
+        gpu.lane()
+    gpu.fake.fails = {"mem_get_info": "an illegal memory access was encountered"}
+    with pytest.raises(DeviceError, match=r"the GPU failed \(mem_get_info failed: an illegal"):
+        gpu.free_bytes()
+    gpu.fake.fails = {}
+    gpu.lane()
+    gpu.fake.fails = {"synchronize": "an illegal memory access was encountered"}
+    with pytest.raises(DeviceError, match=r"the GPU failed \(synchronize failed: an illegal"):
+        gpu.close()
+
+
+@pytest.mark.parametrize(
+    ("result", "kind", "message"),
+    [
+        ("CUDA_ERROR_ILLEGAL_ADDRESS", DeviceError, r"the GPU failed \(cuGraphLaunch failed: CUDA_ERROR_ILLEGAL_ADDR"),
+        ("CUDA_ERROR_OUT_OF_MEMORY", DeviceMemoryError, "memory is full .cuGraphLaunch failed: CUDA_ERROR_OUT_OF_MEM"),
+    ],
+)
+def test_a_failed_launch_is_an_error_of_ours(gpu: FakeGpu, result: str, kind: type[Exception], message: str) -> None:
+    with gpu.lane() as lane:
+        graph = lane.capture(lambda: None)
+        gpu.fake.fails["cuGraphLaunch"] = result
+        with pytest.raises(kind, match=message):
+            lane.launch(graph)
+
+
+def test_a_gpu_that_others_keep_for_themselves(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise gpu.fake.Error("cuDevicePrimaryCtxRetain failed: CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(gpu.fake, "Device", lambda ordinal: SimpleNamespace(retain_primary_context=refuse))
+    monkeypatch.setattr(cuda, "_find", lambda ordinal: (gpu.fake, gpu.fake.graphs))
+    with pytest.raises(
+        DeviceError, match=r"GPU number 7 cannot be used: .* busy or unavailable; nvidia-smi shows what"
+    ):
+        Gpu.open(7)
+
+
 def test_foreign_memory_is_wrapped_with_its_owner(gpu: FakeGpu) -> None:
     memory = np.arange(20, dtype=np.uint8)
     with gpu.lane() as lane:
@@ -227,7 +295,7 @@ def test_pycuda_has_what_is_used() -> None:
         pytest.skip(f"PyCUDA cannot be loaded here: {error}")
     for name in vars(FakeGpu().fake) | vars(type(FakeGpu().fake)):
         if not name.startswith("_") and name not in ("memory_bytes", "allocated", "calls", "called", "refuses_graphs",
-                                                     "graphs", "context"):  # fmt: skip
+                                                     "fails", "graphs", "context"):  # fmt: skip
             assert hasattr(pycuda, name), name
     assert {"set_src_device", "set_dst_device", "src_pitch", "dst_pitch", "width_in_bytes", "height"} <= set(
         dir(pycuda.Memcpy2D)

@@ -152,6 +152,18 @@ def test_a_gpu_that_is_too_small_is_a_row(bundle: Path, clips: list[Path]) -> No
         assert gpu.live_bytes == 0
 
 
+def test_what_the_driver_refuses_is_a_typed_row(bundle: Path, clips: list[Path], on_cpu: list[VideoScore]) -> None:
+    gpu = FakeGpu()
+    with Engine(bundle, device=FakeGpuDevice(gpu)) as engine:
+        gpu.fake.fails["htod"] = "an illegal memory access was encountered"
+        error = engine.score(clips[0]).error
+        assert error is not None
+        assert (error.type, error.stage) == ("DeviceError", "decode")
+        assert error.message.startswith("the GPU failed (htod failed: an illegal memory access was encountered); if")
+        gpu.fake.fails.clear()
+        assert_agree(engine.score(clips[0]), on_cpu[0], TOLERANCE["p_fake", "float32"])
+
+
 def test_crops_without_memory_are_made_in_halves(bundle: Path, clips: list[Path], on_cpu: list[VideoScore]) -> None:
     """The largest amount that works is found by trying: below it the video fails, above it all is well."""
     failed = 0

@@ -172,6 +172,11 @@ def test_the_detector_finds_the_same_faces(astronaut: np.ndarray) -> None:
     assert np.abs(a.confidence - b.confidence).max() <= 0.01
 
 
+def test_what_is_no_onnx_is_refused() -> None:
+    with pytest.raises(InferenceError, match=r"network net cannot be read as ONNX \(.+\)"):
+        to_float16(b"junk", "net")
+
+
 @pytest.mark.parametrize("name", ["efficientnet_b0", "legacy_xception"])
 def test_backbones_of_others(name: str) -> None:
     """With random weights, so that the last layer says nothing: compared are the features below it."""

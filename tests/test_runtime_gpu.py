@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def test_without_graphs_it_runs_as_well_and_says_so_once(
         for rows in (8, 3, 8):
             np.testing.assert_allclose(run(gpu, ex, [x[0][:rows]])[0], run_float32(data, x)[0][:rows], atol=2e-5)
     assert [r.message for r in caplog.records if "graphs" in r.message] == [
-        "network mtcnn/onet runs without CUDA graphs (CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)"
+        "network mtcnn/onet runs without CUDA graphs (cuStreamEndCapture failed: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)"
     ]
 
 
@@ -226,6 +227,70 @@ def test_each_call_that_fails_is_an_error(gpu: FakeGpu, tmp_path: Path, call: st
     assert len(run(gpu, ex, [np.zeros((2, 3, 48, 48))])[0]) == 2
     ex.close()
     assert gpu.live_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "result", "kind", "message"),
+    [
+        ("cuGraphLaunch", "CUDA_ERROR_ILLEGAL_ADDRESS", InferenceError,
+         r"network mtcnn/onet failed on a batch of 2: the GPU failed \(cuGraphLaunch failed: CUDA_ERROR_ILLEGAL"),
+        ("cuGraphLaunch", "CUDA_ERROR_OUT_OF_MEMORY", DeviceMemoryError, "full .cuGraphLaunch failed: CUDA_ERROR_OUT"),
+        ("dtoh", "unspecified launch failure", InferenceError,
+         r"network mtcnn/onet failed on a batch of 2: the GPU failed \(dtoh failed: unspecified launch failure\)"),
+        ("wait", "out of memory", DeviceMemoryError, "full .wait failed: out of memory"),
+    ],
+)  # fmt: skip
+def test_what_the_driver_refuses_names_the_network(
+    gpu: FakeGpu, tmp_path: Path, call: str, result: str, kind: type[Exception], message: str
+) -> None:
+    (ex,), _ = make_trt(gpu, tmp_path)
+    with gpu.lane() as lane:
+        parts, ready = [(lane.upload(np.zeros((2, 3, 48, 48), np.float32)),)], [lane.record()]
+        ex.run(parts, ready)  # the graph is captured
+        gpu.fake.fails[call] = result
+        with pytest.raises(kind, match=message) as error:
+            ex.run(parts, ready)
+    assert kind is DeviceMemoryError or error.value.stage == "runtime"  # type: ignore[attr-defined]
+    gpu.fake.fails.clear()
+    assert len(run(gpu, ex, [np.zeros((2, 3, 48, 48))])[0]) == 2
+
+
+def test_what_pybind11_raises_is_an_error_of_ours(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's constructors raise TypeError where CUDA fails, and say why in the log."""
+
+    def refuse(logger: Any) -> None:
+        logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    for name in ("Builder", "Runtime"):
+        fake = FakeTensorRt(gpu)
+        monkeypatch.setattr(fake, name, refuse)
+        with pytest.raises(
+            InferenceError, match=r"onet on tensorrt: a call ended with TypeError .*failure with error: 35"
+        ):
+            make_trt(gpu, tmp_path / name, fake=fake)
+    (ex,), _ = make_trt(gpu, tmp_path)
+
+    def throw(stream: int) -> bool:
+        raise RuntimeError("CUDA error: device-side assert\nmore")
+
+    run(gpu, ex, [np.zeros((2, 3, 48, 48))])
+    bound = next(iter(ex._slots.values())).prepared
+    monkeypatch.setattr(bound._context, "execute_async_v3", throw)  # type: ignore[attr-defined]
+    next(iter(ex._slots.values())).graph = None
+    with pytest.raises(InferenceError, match=r"ended with RuntimeError \(CUDA error: device-side assert\)"):
+        run(gpu, ex, [np.zeros((2, 3, 48, 48))])
+
+
+def test_an_engine_that_does_not_fit_into_the_memory_is_not_built_again(gpu: FakeGpu, tmp_path: Path) -> None:
+    make_trt(gpu, tmp_path)
+    fake = FakeTensorRt(gpu)
+    fake.memory_is_full = True
+    with pytest.raises(DeviceMemoryError, match=r"onet does not fit into the GPU's memory \(.*out of memory\); lower"):
+        make_trt(gpu, tmp_path, fake=fake)
+    assert fake.builds == 0
 
 
 @pytest.mark.parametrize(
@@ -415,6 +480,8 @@ def test_torchs_errors_are_dfengines(gpu: FakeGpu) -> None:
             InferenceError,
             r"on torch \(CUDA error: mis",
         ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), DeviceMemoryError, "fit into .*STATUS_ALLOC"),
+        (IndexError("too many indices"), InferenceError, r"net failed on torch \(IndexError: too many indices\)"),
     ):
 
         def module(x: object, error: Exception = error) -> object:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine.errors import DeviceMemoryError, InferenceError, first_line
+from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, first_line
 from dfengine.gpu.lanes import DeviceArray, Event, Gpu, Lane
 from dfengine.gpu.spec import EngineSpec, Shape
 
@@ -94,10 +94,10 @@ class Executor:
                 outputs: list[NDArray[np.float32]] = [host[:rows].copy() for host in slot.hosts]
                 self._capture(slot)
                 return outputs
-        except self._gpu.Error as error:
+        except DeviceError as error:
             rows = sum(len(part[0]) for part in parts)
             raise InferenceError(
-                f"network {self.name} failed on a batch of {rows} ({first_line(error)})", stage="runtime"
+                f"network {self.name} failed on a batch of {rows}: {error.message}", stage="runtime"
             ) from None
 
     def _on_device(self, array: Any) -> DeviceArray:
@@ -158,7 +158,7 @@ class Executor:
                 slot.graph = slot.prepared.capture() or slot.prepared.enqueue
             except Exception as error:  # whatever it is: without graphs it runs as well, only slower
                 self._graphs = False
-                log.warning("network %s runs without CUDA graphs (%s)", self.name, error)
+                log.warning("network %s runs without CUDA graphs (%s)", self.name, first_line(error))
 
 
 class _Slot:

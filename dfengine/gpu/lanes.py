@@ -12,17 +12,22 @@ a message on stderr. So nothing of PyCUDA's is ever dropped by chance: arrays an
 their lane, by an append that any thread may make at any time, and only lanes free, with the context current. A lane
 hands memory out again at once: what runs on its stream later starts after whatever used the memory on its stream. Work
 on another stream is not covered by that, so who reads an array there keeps it until that stream is known to be done.
+
+Note [Errors of the driver]
+PyCUDA raises what the driver refuses, whatever the call. Such errors become dfengine's in one place: where they leave
+``with lane`` or ``with gpu.current()``, through which every call goes that uses the GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import re
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -31,13 +36,17 @@ from numpy.typing import DTypeLike, NDArray
 
 from dfengine.errors import DeviceError, DeviceMemoryError, first_line
 
-__all__ = ["DeviceArray", "Event", "Gpu", "Graph", "Lane"]
+__all__ = ["DeviceArray", "Event", "Gpu", "Graph", "Lane", "says_memory_is_full"]
 
 # Free memory a lane keeps for later use. The decoded frames of a chunk and a batch of crops are about half of it.
 CACHE_BYTES = 512 << 20
 
 # cuMemAlloc aligns to 256 bytes; smaller pieces would only make more classes.
 _SMALLEST = 256
+
+# How the driver (CUDA_ERROR_OUT_OF_MEMORY, "out of memory", cudaErrorMemoryAllocation), TensorRT ("OutOfMemory",
+# "insufficient memory") and cuBLAS and cuDNN (..._STATUS_ALLOC_FAILED) say it.
+_FULL = re.compile(r"out[ _]?of[ _]?memory|MemoryAllocation|insufficient memory|ALLOC_FAILED", re.IGNORECASE)
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with stream 0, where torch works
 
@@ -76,22 +85,23 @@ class Gpu:
     def open(cls, ordinal: int = 0) -> Gpu:
         """The GPU with this number. Raises DeviceError if there is none, or no way to it, with the fix."""
         pycuda, graphs = _find(ordinal)
-        with _opening:
-            if ordinal not in _contexts:
-                _contexts[ordinal] = pycuda.Device(ordinal).retain_primary_context()
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(_contexts[ordinal]))  # never dies
-        return cls(pycuda, graphs, _contexts[ordinal], ordinal=ordinal)
+        try:
+            with _opening:
+                if ordinal not in _contexts:
+                    _contexts[ordinal] = pycuda.Device(ordinal).retain_primary_context()
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_contexts[ordinal]))  # never dies
+            return cls(pycuda, graphs, _contexts[ordinal], ordinal=ordinal)
+        except pycuda.Error as error:
+            raise DeviceError(
+                f"GPU number {ordinal} cannot be used: {first_line(error)}; nvidia-smi shows what else runs on it, and "
+                "its compute mode",
+                stage="device",
+            ) from None
 
     @staticmethod
     def check(ordinal: int = 0) -> None:
         """What ``open`` raises, without making a context, which costs hundreds of MiB."""
         _find(ordinal)
-
-    @property
-    def Error(self) -> type[Exception]:  # noqa: N802
-        """What a call raises that the GPU or its driver refuses; DeviceMemoryError is not one."""
-        error: type[Exception] = self._pycuda.Error
-        return error
 
     @property
     def exclusive(self) -> threading.RLock:
@@ -104,12 +114,23 @@ class Gpu:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """The context is current on this thread inside it: for what needs no stream of its own."""
-        self._context.push()
+        """The context is current on this thread inside it: for what needs no stream of its own.
+
+        What the driver refuses leaves it as DeviceError or DeviceMemoryError: Note [Errors of the driver].
+        """
+        with self._typed_errors():
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._pycuda.Context.pop()
+
+    @contextmanager
+    def _typed_errors(self) -> Iterator[None]:
         try:
             yield
-        finally:
-            self._pycuda.Context.pop()
+        except self._pycuda.Error as error:
+            raise _typed(first_line(error)) from None
 
     def free_bytes(self) -> int:
         """Device memory nobody holds. What lanes keep for later use is not in it."""
@@ -118,8 +139,9 @@ class Gpu:
             return free
 
     def close(self) -> None:
-        """Closes all lanes. Arrays must not be held any longer."""
-        self._finalizer()
+        """Closes all lanes. Arrays must not be held any longer. Raises DeviceError if the GPU has failed before."""
+        with self._typed_errors():
+            self._finalizer()
 
     def _allocate(self, size: int) -> Any:
         """Device memory from the driver; if that has none, after freeing what lanes keep."""
@@ -142,8 +164,9 @@ class Gpu:
 class Lane:
     """One thread's way to the GPU: a stream of its own, and memory that is reused in the order of that stream.
 
-    Entering it (``with lane``) makes the context current on this thread; all methods need that. Not thread-safe: used
-    by one thread at a time. ``stream`` is the CUstream handle, never 0.
+    Entering it (``with lane``) makes the context current on this thread; all methods need that. What the driver refuses
+    leaves it as DeviceError or DeviceMemoryError (Note [Errors of the driver]). Not thread-safe: used by one thread at
+    a time. ``stream`` is the CUstream handle, never 0.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -153,19 +176,22 @@ class Lane:
         self._events: deque[Any] = deque()
         self._staging: NDArray[np.uint8] | None = None  # pinned
         self._staged: Event | None = None  # the last upload
+        self._entered: list[AbstractContextManager[None]] = []  # it may be entered again inside itself
         with gpu.current():
             self._stream = self._pycuda.Stream(_NON_BLOCKING)
             self.stream: int = self._stream.handle
         gpu._lanes.append(self)
 
     def __enter__(self) -> Lane:
-        self.gpu._context.push()
+        entered = self.gpu.current()
+        entered.__enter__()
+        self._entered.append(entered)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pycuda.Context.pop()
+        self._entered.pop().__exit__(kind, error, trace)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
         """Memory with anything in it, C-contiguous. Raises DeviceMemoryError."""
@@ -251,12 +277,12 @@ class Lane:
     def capture(self, work: Callable[[], None]) -> Graph:
         """Records what ``work`` enqueues on this lane, without running it.
 
-        Raises RuntimeError if that cannot be captured; the lane can be used afterwards. What ``work`` raises passes.
+        Raises DeviceError if that cannot be captured; the lane can be used afterwards. What ``work`` raises passes.
         """
         graphs = self.gpu._graphs
         with self.gpu._exclusive:
             mode = graphs.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-            _check(graphs, graphs.cuStreamBeginCapture(self.stream, mode))
+            _check(graphs, "cuStreamBeginCapture", graphs.cuStreamBeginCapture(self.stream, mode))
             failed = True
             try:
                 work()
@@ -265,16 +291,19 @@ class Lane:
                 error, graph = graphs.cuStreamEndCapture(self.stream)
                 if failed and graph is not None and int(graph):
                     graphs.cuGraphDestroy(graph)
-            _check(graphs, (error,))
+            _check(graphs, "cuStreamEndCapture", (error,))
             try:
-                (executable,) = _check(graphs, graphs.cuGraphInstantiate(graph, 0))
+                (executable,) = _check(graphs, "cuGraphInstantiate", graphs.cuGraphInstantiate(graph, 0))
             finally:
                 graphs.cuGraphDestroy(graph)
         return Graph(graphs, executable)
 
     def launch(self, graph: Graph) -> None:
-        """Enqueues all that a graph holds."""
-        _check(graph._graphs, graph._graphs.cuGraphLaunch(graph._executable, self.stream))
+        """Enqueues all that a graph holds. Raises DeviceError, DeviceMemoryError."""
+        try:
+            _check(graph._graphs, "cuGraphLaunch", graph._graphs.cuGraphLaunch(graph._executable, self.stream))
+        except DeviceError as error:
+            raise _typed(error.message) from None
 
     def close(self) -> None:
         """Waits for the stream and frees what the lane keeps. Only arrays it gave out can be used afterwards."""
@@ -525,11 +554,25 @@ def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _check(graphs: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of cuda-bindings returned beside its status. Raises RuntimeError."""
+def _check(graphs: Any, call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call of cuda-bindings returned beside its status. Raises DeviceError, in PyCUDA's words."""
     if result[0] != graphs.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{result[0].name}")
+        raise DeviceError(f"{call} failed: {result[0].name}")
     return result[1:]
+
+
+def says_memory_is_full(text: str) -> bool:
+    """Whether that is what the driver, TensorRT or torch say with their message."""
+    return _FULL.search(text) is not None
+
+
+def _typed(text: str) -> DeviceError | DeviceMemoryError:
+    """The error for what the driver says. Where it happened is known to whoever is in the way."""
+    if says_memory_is_full(text):
+        return DeviceMemoryError(
+            f"the GPU's memory is full ({text}); lower workers or memory_bytes, or stop what else runs on it"
+        )
+    return DeviceError(f"the GPU failed ({text}); if it does so for every video from now on, start the process again")
 
 
 def _why_no_pycuda(error: ImportError) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.errors import DeviceError, InferenceError
+from dfengine.errors import DeviceError, InferenceError, first_line
 
 RECIPE = 1  # part of the key of compiled engines: count up when the graphs that come out change
 
@@ -53,8 +53,11 @@ def to_float16(onnx: bytes, name: str) -> bytes:
         raise DeviceError(
             "float16 needs the package onnx; pip install 'dfengine[gpu]', or use precision fp32", stage="device"
         ) from None
-    model = load_model_from_string(onnx)
-    graph = shape_inference.infer_shapes(model).graph
+    try:
+        model = load_model_from_string(onnx)
+        graph = shape_inference.infer_shapes(model).graph
+    except Exception as error:  # protobuf's and onnx's have no common type
+        raise InferenceError(f"network {name} cannot be read as ONNX ({first_line(error)})", stage="runtime") from None
     if nested := [n.op_type for n in graph.node if any(a.HasField("g") or a.graphs for a in n.attribute)]:
         raise InferenceError(
             f"network {name} holds {nested[0]}, whose branches cannot be turned into float16; use precision fp32",

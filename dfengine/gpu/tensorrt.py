@@ -16,17 +16,18 @@ import logging
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, OutputError, first_line
+from dfengine.errors import DeviceError, DeviceMemoryError, DfengineError, InferenceError, OutputError, first_line
 from dfengine.gpu.cache import EngineCache, write_cached
 from dfengine.gpu.executor import Executor, Network
-from dfengine.gpu.lanes import DeviceArray, Gpu, Graph, Lane
+from dfengine.gpu.lanes import DeviceArray, Gpu, Graph, Lane, says_memory_is_full
 from dfengine.gpu.spec import EngineSpec
 
 log = logging.getLogger("dfengine")
@@ -36,8 +37,6 @@ OLDEST = (10, 12)  # the first in which strongly typed networks are the rule and
 # Memory a layer may use besides its tensors. Convolutions of this size gain nothing from more; without a limit
 # TensorRT would take the whole GPU's as one. Chosen, not fitted.
 _WORKSPACE_BYTES = 1 << 30
-
-_NO_MEMORY = re.compile(r"out ?of ?memory|cudaErrorMemoryAllocation|insufficient memory", re.IGNORECASE)
 
 
 class TensorRt:
@@ -110,8 +109,11 @@ class TensorRt:
             keep_timing(bytes(config.get_timing_cache().serialize()))
         return bytes(plan)
 
-    def load(self, plan: bytes) -> Any | None:
-        """The engine, for the GPU that is current; None if it cannot be used here (``messages`` may say why)."""
+    def load(self, plan: bytes, name: str) -> Any | None:
+        """The engine, for the GPU that is current; None if it cannot be used here (``messages`` may say why).
+
+        ``name``: the network's, for the DeviceMemoryError that it may raise.
+        """
         self.messages.clear()
         with self._opening:
             if self._runtime is None:
@@ -123,7 +125,26 @@ class TensorRt:
                     named = [n.lower() for n, flag in kinds.items() if int(flag) & int(why)]
                     self.messages.add(f"engine invalid here: {', '.join(named) or 'no reason given'}")
                     return None
-            return self._runtime.deserialize_cuda_engine(plan)
+            engine = self._runtime.deserialize_cuda_engine(plan)
+        # One that does not fit into the memory is a good one all the same.
+        self._check(engine is not None or not says_memory_is_full(self.messages.last), name, "it cannot be loaded")
+        return engine
+
+    @contextmanager
+    def errors_of(self, name: str, messages: Messages | None = None) -> Iterator[None]:
+        """What pybind11 raises, where C++ threw or made nothing, becomes InferenceError or DeviceMemoryError.
+
+        ``name``: the network's. ``messages``: where TensorRT says more of it, by default the log's.
+        """
+        try:
+            yield
+        except DfengineError:
+            raise
+        except (RuntimeError, TypeError, MemoryError) as error:
+            messages = messages or self.messages
+            if not messages.any:
+                messages.add(first_line(error))
+            self._check(False, name, f"a call ended with {type(error).__name__}", messages)
 
     def _made(self, thing: Any, name: str, otherwise: str) -> Any:
         self._check(thing is not None, name, otherwise)
@@ -133,7 +154,7 @@ class TensorRt:
         """Each call that can fail ends here. Raises DeviceMemoryError, InferenceError."""
         if not ok:
             said = (messages or self.messages).last
-            if _NO_MEMORY.search(said):
+            if says_memory_is_full(said):
                 raise DeviceMemoryError(
                     f"network {name} does not fit into the GPU's memory ({said}); lower workers", stage="runtime"
                 )
@@ -151,6 +172,10 @@ class Messages:
 
     def clear(self) -> None:
         self._texts.clear()
+
+    @property
+    def any(self) -> bool:
+        return bool(self._texts)
 
     @property
     def last(self) -> str:
@@ -196,12 +221,14 @@ def compile_network(runtime: TensorRt, gpu: Gpu | None, spec: EngineSpec, cache:
         return runtime.build(spec, timing=timing.read_bytes() if timing.exists() else b"", keep_timing=keep)
 
     path = cache.path(spec.name, key)
-    if gpu is None:
-        if cache.read(path, key) is None:
-            cache.write(path, key, build())
-        return None, path
     try:
-        return cache.load_or_build(spec.name, key, load=runtime.load, build=build), path
+        with runtime.errors_of(spec.name):
+            if gpu is not None:
+                engine = cache.load_or_build(spec.name, key, load=lambda p: runtime.load(p, spec.name), build=build)
+                return engine, path
+            if cache.read(path, key) is None:
+                cache.write(path, key, build())
+            return None, path
     except ValueError:
         raise InferenceError(
             f"network {spec.name}: {runtime.name} cannot use the engine it has just built ({runtime.messages.last})",
@@ -213,7 +240,7 @@ def make_tensorrt_executors(
     runtime: TensorRt, gpu: Gpu, spec: EngineSpec, *, contexts: int, cache: EngineCache
 ) -> list[Executor]:
     """Executors that share one engine. Raises DeviceError, DeviceMemoryError, InferenceError."""
-    with gpu.current():
+    with gpu.current(), runtime.errors_of(spec.name):
         engine, path = compile_network(runtime, gpu, spec, cache)
         _check_types(runtime, engine, spec)
         networks: list[Network]
@@ -234,12 +261,12 @@ class TensorRtNetwork:
         self._scratch: DeviceArray | None = None
 
     def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> Bound:
-        trt = self._runtime.module
+        strategy = self._runtime.module.ExecutionContextAllocationStrategy.USER_MANAGED
         self._runtime.messages.clear()
-        context = self._runtime._made(
-            self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED),
-            self._name, "no execution context",
-        )  # fmt: skip
+        with self._runtime.errors_of(self._name):
+            context = self._runtime._made(
+                self._engine.create_execution_context(strategy), self._name, "no execution context"
+            )
         if self._scratch is None:
             self._scratch = lane.empty((max(256, int(self._engine.device_memory_size_v2)),), np.uint8)
         context.set_device_memory(self._scratch.pointer, self._scratch.nbytes)
@@ -311,6 +338,10 @@ class Bound:
 
     def bind(self) -> None:
         """Gives the context this batch's shapes and addresses. Raises DeviceMemoryError, InferenceError."""
+        with self._runtime.errors_of(self._name, self._messages):
+            self._bind()
+
+    def _bind(self) -> None:
         context, check = self._context, self._check
         for name, array in self._inputs.items():
             check(context.set_input_shape(name, array.shape), f"{name} cannot have the shape {array.shape}")
@@ -327,7 +358,8 @@ class Bound:
     def enqueue(self) -> None:
         if self._shares_context:
             self.bind()
-        self._check(self._context.execute_async_v3(self._lane.stream), "it cannot be enqueued")
+        with self._runtime.errors_of(self._name, self._messages):
+            self._check(self._context.execute_async_v3(self._lane.stream), "it cannot be enqueued")
 
     def _check(self, ok: bool, what: str) -> None:
         self._runtime._check(ok, self._name, what, self._messages)

@@ -15,7 +15,7 @@ import numpy as np
 
 from dfengine.errors import DeviceMemoryError, DfengineError, InferenceError, first_line
 from dfengine.gpu.executor import Executor
-from dfengine.gpu.lanes import DeviceArray, Gpu, Lane
+from dfengine.gpu.lanes import DeviceArray, Gpu, Lane, says_memory_is_full
 from dfengine.gpu.precision import gather_constants
 from dfengine.gpu.spec import EngineSpec
 
@@ -152,9 +152,11 @@ def _errors_of(torch: Any, name: str) -> Iterator[None]:
         yield
     except DfengineError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            f"network {name} does not fit into the GPU's memory ({first_line(error)}); lower workers", stage="runtime"
-        ) from None
-    except RuntimeError as error:
-        raise InferenceError(f"network {name} failed on torch ({first_line(error)})", stage="runtime") from None
+    except Exception as error:  # torch's are RuntimeErrors as a rule; those of a module that does not fit, of any type
+        said = first_line(error)
+        if isinstance(error, torch.OutOfMemoryError) or says_memory_is_full(said):
+            raise DeviceMemoryError(
+                f"network {name} does not fit into the GPU's memory ({said}); lower workers", stage="runtime"
+            ) from None
+        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+        raise InferenceError(f"network {name} failed on torch ({kind}{said})", stage="runtime") from None
