@@ -19,9 +19,11 @@ from assets import FACE, write_clip
 from training_assets import write_faces
 
 from dfengine import Engine
-from dfengine.bundle import Aggregation, Bundle, Calibration
-from dfengine.stages.aggregate import judge, sigmoid
+from dfengine.bundle import Aggregation, Bundle, Calibration, ModelSpec
+from dfengine.stages.aggregate import judge, pool_rows, sigmoid
+from dfengine.types import Tracks
 from training import evaluate, export, train
+from training.calibration import VideoLogits, fit_calibration
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, ExportError, TrainingError
 from training.table import FaceTable
@@ -135,10 +137,10 @@ def test_videos_are_judged_as_the_engine_judges(checkpoints: list[Path], faces: 
     assert len(rows) == 3
     by_frame = {m: sigmoid(np.array([found[m][name][1][r][1] for r in rows])).mean() for m in ("a", "b")}
     log_p = (np.log(by_frame["a"]) + 2 * np.log(by_frame["b"])) / 3
-    assert sigmoid(scored.logit[0]) == pytest.approx(np.exp(log_p), abs=1e-6)
+    assert scored.logits.p_fake(Calibration())[0] == pytest.approx(np.exp(log_p), abs=1e-6)
     tracks = evaluate.make_tracks(table.split("test").faces, np.array(rows))
     verdict = judge(tracks, {m: np.array([found[m][name][1][r][1] for r in rows]) for m in ("a", "b")}, bundle)
-    assert verdict.logit == scored.logit[0]
+    assert verdict.logit == scored.logits.calibrated(bundle.calibration)[0]
 
 
 def test_networks_that_see_different_fakes_are_not_blended(tmp_path: Path) -> None:
@@ -190,7 +192,12 @@ def test_one_class_is_no_auc() -> None:
 def make_scored(labels: list[float], logits: list[float]) -> evaluate.Scored:
     n = len(labels)
     names = [f"v{i}" for i in range(n)]
-    return evaluate.Scored(names, np.array(labels), names, [None] * n, ["d"] * n, np.array(logits), np.arange(float(n)))
+    scores = one_track_each(np.array(logits))
+    return evaluate.Scored(names, np.array(labels), names, [None] * n, ["d"] * n, scores, np.arange(float(n)))
+
+
+def one_track_each(logits: np.ndarray) -> VideoLogits:
+    return VideoLogits(list(logits[:, None]), [np.ones(1)] * len(logits), "max")
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------
@@ -199,14 +206,22 @@ def make_scored(labels: list[float], logits: list[float]) -> evaluate.Scored:
 def test_calibration_recovers_temperature_and_bias(rng: np.random.Generator) -> None:
     logits = rng.normal(0, 4, 20_000)
     labels = (rng.random(len(logits)) < sigmoid(logits / 2.5 + 0.4)).astype(float)
-    fitted = evaluate.fit_calibration(logits, labels)
+    fitted = fit_calibration(one_track_each(logits), labels)
     assert fitted.temperature == pytest.approx(2.5, rel=0.05)
     assert fitted.bias == pytest.approx(0.4, abs=0.05)
+    # The likelihood with Platt's targets is highest where both its derivatives are 0.
+    fakes, reals = labels.sum(), (1 - labels).sum()
+    error = sigmoid(logits / fitted.temperature + fitted.bias) - np.where(
+        labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2)
+    )
+    assert abs(error.mean()) < 1e-7
+    assert abs((error * logits).mean()) < 1e-7
 
 
 def test_calibration_stays_finite_where_the_classes_do_not_overlap() -> None:
-    fitted = evaluate.fit_calibration(np.array([-200.0, -150.0, 90.0, 300.0]), np.array([0.0, 0.0, 1.0, 1.0]))
-    p = evaluate.calibrate(np.array([-200.0, 300.0]), fitted)
+    logits = one_track_each(np.array([-200.0, -150.0, 90.0, 300.0]))
+    fitted = fit_calibration(logits, np.array([0.0, 0.0, 1.0, 1.0]))
+    p = logits.p_fake(fitted)[[0, 3]]
     assert 0.05 < p[0] < 0.35  # (1 / (n + 2)) is .25 for two
     assert 0.65 < p[1] < 0.95
 
@@ -214,9 +229,59 @@ def test_calibration_stays_finite_where_the_classes_do_not_overlap() -> None:
 def test_calibration_refuses_logits_that_point_the_wrong_way(rng: np.random.Generator) -> None:
     labels = np.repeat([0.0, 1.0], 50)
     with pytest.raises(TrainingError, match="do not rise with the label"):
-        evaluate.fit_calibration(rng.normal(0, 1, 100) - labels, labels)
+        fit_calibration(one_track_each(rng.normal(0, 1, 100) - labels), labels)
     with pytest.raises(TrainingError, match=r"calibration needs both classes, there are 3 real and 0 fake videos"):
-        evaluate.fit_calibration(np.zeros(3), np.zeros(3))
+        fit_calibration(one_track_each(np.zeros(3)), np.zeros(3))
+
+
+@pytest.mark.parametrize("frames", ["mean", "logit_mean", "median"])
+@pytest.mark.parametrize("members", ["mean", "geometric_mean", "logit_mean"])
+@pytest.mark.parametrize("tracks", ["max", "mean", "largest"])
+def test_training_scores_as_the_engine_does(rng: np.random.Generator, frames: str, members: str, tracks: str) -> None:
+    """Videos of one to nine people, calibrated: the engine calibrates each person and then pools."""
+    bundle = Bundle(
+        schema_version=1,
+        name="test",
+        licence="MIT",
+        members=tuple(ModelSpec(name=n, file=n, sha256="", input_hw=(8, 8), weight=w) for n, w in (("a", 1), ("b", 3))),
+        aggregation=Aggregation(frames=frames, members=members, tracks=tracks),
+        calibration=Calibration(temperature=2.5, bias=-0.7),
+    )
+    pooled, engine = [], []
+    for people in (1, 2, 3, 9, 1, 2):
+        rows = make_rows(rng, people, frames=3)
+        logits = {name: rng.normal(0, 4, 3 * people) for name in ("a", "b")}
+        pooled.append(pool_rows(rows, logits, bundle))
+        engine.append(judge(rows, logits, bundle).logit)
+    videos = VideoLogits([p.blend for p in pooled], [p.sides for p in pooled], tracks)
+    assert videos.calibrated(bundle.calibration).tolist() == engine
+    assert videos.take(np.array([3, 0])).calibrated(bundle.calibration).tolist() == [engine[3], engine[0]]
+
+
+@pytest.mark.parametrize("rule", ["max", "mean", "largest"])
+def test_what_is_fitted_is_what_the_engine_gives(rng: np.random.Generator, rule: str) -> None:
+    """Videos of three people whose labels are drawn from the engine's own scores at a known calibration."""
+    tracks, sides = rng.normal(0, 4, (30_000, 3)), rng.uniform(50, 200, (30_000, 3))
+    logits = VideoLogits(list(tracks), list(sides), rule)
+    labels = (rng.random(len(tracks)) < logits.p_fake(Calibration(temperature=2.5, bias=-0.7))).astype(float)
+    fitted = fit_calibration(logits, labels)
+    assert fitted.temperature == pytest.approx(2.5, rel=0.05)
+    assert fitted.bias == pytest.approx(-0.7, abs=0.05)
+
+
+def make_rows(rng: np.random.Generator, people: int, frames: int) -> Tracks:
+    n = people * frames
+    corner, side = rng.uniform(0, 100, (n, 2)), rng.uniform(50, 200, (n, 1))
+    return Tracks(
+        np.repeat(np.arange(people), frames),
+        np.arange(n),
+        np.arange(n),
+        np.arange(n) / 25,
+        np.concatenate([corner, corner + side], axis=1).astype(np.float32),
+        np.zeros((n, 5, 2), np.float32),
+        np.ones(n, np.float32),
+        np.ones(n, np.bool_),
+    )
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file
 from training_assets import write_faces
 
+from dfengine.bundle import Calibration
 from dfengine.errors import DfengineError
-from dfengine.stages.aggregate import sigmoid
 from training import checkpoint, evaluate, metrics, train
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, TrainingError
@@ -285,7 +285,9 @@ def test_what_several_processes_validate_is_what_is_saved(faces: Path, tmp_path:
     bundle = evaluate.make_bundle([trained], [trained.spec])
     scored = evaluate.score_videos(table.split("val").faces, {"norm": found}, bundle)
     (row,) = history(tmp_path / "two")
-    assert row["val_log_loss"] == pytest.approx(metrics.log_loss(scored.label, sigmoid(scored.logit)), abs=1e-6)
+    assert row["val_log_loss"] == pytest.approx(
+        metrics.log_loss(scored.label, scored.logits.p_fake(Calibration())), abs=1e-6
+    )
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------

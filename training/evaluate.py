@@ -28,11 +28,12 @@ from torch.nn import functional as F
 
 from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec, from_plain
 from dfengine.errors import DfengineError
-from dfengine.stages.aggregate import judge, sigmoid
+from dfengine.stages.aggregate import pool_rows
 from dfengine.stages.audio import load_log_mel
 from dfengine.types import F32, F64, I64, Tracks
 
 from . import metrics
+from .calibration import VideoLogits, fit_calibration
 from .checkpoint import load_checkpoint
 from .data import Batch, Batches
 from .errors import CheckpointError, RecipeError, TrainingError
@@ -109,7 +110,7 @@ class Scored:
     source_id: list[str]
     original: list[str | None]  # what a fake was made from, if that is known
     dataset: list[str]
-    logit: F64  # (N,), before calibration
+    logits: VideoLogits
     sharpness: F64  # (N,), what a score that knows nothing of fakes would go by
 
     def __len__(self) -> int:
@@ -189,7 +190,7 @@ def sharpness(crops: Tensor) -> F32:
 
 
 def score_videos(faces: FaceTable, predictions: Mapping[str, Predictions], bundle: Bundle) -> Scored:
-    """Blends the members' predictions for ``faces`` and judges each video, uncalibrated if ``bundle`` is."""
+    """Pools the members' predictions for ``faces`` by track, as the engine does, and leaves them uncalibrated."""
     first = next(iter(predictions.values()))
     columns: list[tuple[Any, ...]] = []
     for video, (label, rows_of) in first.items():
@@ -199,13 +200,14 @@ def score_videos(faces: FaceTable, predictions: Mapping[str, Predictions], bundl
         logits = {
             name: np.array([found[video][1][int(r)][1] for r in rows[order]]) for name, found in predictions.items()
         }
-        verdict = judge(tracks[order], logits, bundle)
+        pooled = pool_rows(tracks[order], logits, bundle)
         sharp = float(np.mean([s for _, _, s in rows_of.values()]))
         path, row = video.removesuffix("#fake"), rows[0]
         original = path if path != video else faces.original[row]
-        columns.append((video, label, faces.source_id[row], original, faces.dataset[row], verdict.logit, sharp))
-    video, label, source_id, original, dataset, logit, sharp = (list(c) for c in zip(*columns, strict=True))
-    return Scored(video, np.array(label), source_id, original, dataset, np.array(logit), np.array(sharp))
+        columns.append((video, label, faces.source_id[row], original, faces.dataset[row], pooled, sharp))
+    video, label, source_id, original, dataset, pooled, sharp = (list(c) for c in zip(*columns, strict=True))
+    logits = VideoLogits([p.blend for p in pooled], [p.sides for p in pooled], bundle.aggregation.tracks)
+    return Scored(video, np.array(label), source_id, original, dataset, logits, np.array(sharp))
 
 
 def make_tracks(faces: FaceTable, rows: I64) -> Tracks:
@@ -239,46 +241,9 @@ def make_bundle(trained: Sequence[Trained], members: Sequence[ModelSpec], **fiel
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def fit_calibration(logits: F64, labels: F64, fitted_on: str = "") -> Calibration:
-    """Temperature and bias that make sigmoid(logit / temperature + bias) most likely, by Newton's method.
-
-    With the targets of Platt (1999), (n + 1) / (n + 2) instead of 1: where the classes do not overlap the likeliest
-    temperature would be 0. Raises TrainingError if the logits do not rise with the label.
-    """
-    fakes, reals = float((labels == 1).sum()), float((labels == 0).sum())
-    if not (fakes and reals):
-        raise TrainingError(f"calibration needs both classes, there are {reals:.0f} real and {fakes:.0f} fake videos")
-    wanted = np.where(labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
-    scale = max(float(np.abs(logits).max()), 1e-6)  # the steps are taken where logits are about 1
-    x = np.stack([logits / scale, np.ones_like(logits)], axis=1).astype(np.float64)
-
-    def cost(w: F64) -> float:
-        z = x @ w
-        return float(np.mean(np.logaddexp(0, z) - wanted * z))
-
-    w = np.zeros(2)
-    for _ in range(100):
-        p = sigmoid(x @ w)
-        step = np.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + 1e-9 * np.eye(2), x.T @ (p - wanted))
-        while cost(w - step) > cost(w) and np.abs(step).max() > 1e-12:
-            step = step / 2
-        w = w - step
-        if np.abs(step).max() < 1e-10:
-            break
-    if w[0] <= 0:
-        raise TrainingError(
-            f"the logits do not rise with the label (slope {w[0] / scale:.3g}); there is nothing to calibrate"
-        )
-    return Calibration(temperature=float(scale / w[0]), bias=float(w[1]), fitted_on=fitted_on)
-
-
-def calibrate(logits: F64, calibration: Calibration) -> F64:
-    return sigmoid(logits / calibration.temperature + calibration.bias)
-
-
 def measure(scored: Scored, calibration: Calibration, threshold: float = THRESHOLD) -> dict[str, Any]:
     """All numbers about one set of videos, with 95 % intervals over its sources."""
-    labels, p = scored.label, calibrate(scored.logit, calibration)
+    labels, p = scored.label, scored.logits.p_fake(calibration)
     # A score that knows nothing may take whichever direction suits it better.
     side = 1.0 if not metrics.auc(labels, scored.sharpness) < 0.5 else -1.0
 
@@ -338,7 +303,7 @@ def _take(scored: Scored, rows: I64) -> Scored:
         pick(scored.source_id),
         pick(scored.original),
         pick(scored.dataset),
-        scored.logit[rows],
+        scored.logits.take(rows),
         scored.sharpness[rows],
     )
 
@@ -346,7 +311,7 @@ def _take(scored: Scored, rows: I64) -> Scored:
 # -- drawings ----------------------------------------------------------------------------------------------------------
 
 
-def draw_roc(scored: Scored, file: Path) -> None:
+def draw_roc(scored: Scored, calibration: Calibration, file: Path) -> None:
     """ROC of each dataset that has both classes."""
     from matplotlib.figure import Figure
 
@@ -355,8 +320,9 @@ def draw_roc(scored: Scored, file: Path) -> None:
     for name in sorted(set(scored.dataset)):
         part = _take(scored, np.flatnonzero(np.array(scored.dataset) == name))
         if len(set(part.label)) == 2:
-            area = metrics.auc(part.label, part.logit)
-            axes.plot(*metrics.roc(part.label, part.logit), label=f"{name}: AUC {area:.3f}, {len(part)} videos")
+            p = part.logits.p_fake(calibration)
+            area = metrics.auc(part.label, p)
+            axes.plot(*metrics.roc(part.label, p), label=f"{name}: AUC {area:.3f}, {len(part)} videos")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
     axes.set(xlabel="reals taken for fakes", ylabel="fakes found", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(loc="lower right", fontsize="small") if axes.get_legend_handles_labels()[0] else None
@@ -370,7 +336,7 @@ def draw_reliability(scored: Scored, calibration: Calibration, file: Path) -> No
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
     for name, how in (("uncalibrated", Calibration()), ("calibrated", calibration)):
-        p = calibrate(scored.logit, how)
+        p = scored.logits.p_fake(how)
         error = metrics.calibration_error(scored.label, p)
         axes.plot(*metrics.reliability(scored.label, p)[:2], marker="o", label=f"{name}: ECE {error:.3f}")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
@@ -413,7 +379,7 @@ def evaluate(
         validation = scored if split == "val" else score("val")
         reals, fakes = (int((validation.label == label).sum()) for label in (0, 1))
         fitted_on = f"validation split: {reals} real, {fakes} fake videos"
-        fitted = fit_calibration(validation.logit, validation.label, fitted_on)
+        fitted = fit_calibration(validation.logits, validation.label, fitted_on)
     same = split == "val" and calibration is None
     report = make_report(trained, table.split(split), scored, fitted, threshold=threshold, same=same)
     write_report(report, scored, fitted, out)
@@ -453,10 +419,11 @@ def write_report(report: Mapping[str, Any], scored: Scored, calibration: Calibra
         writer = csv.writer(file)
         writer.writerow(["video", "label", "source_id", "dataset", "logit", "p_fake", "sharpness"])
         columns = (scored.video, scored.label, scored.source_id, scored.dataset)
-        numbers = (scored.logit, calibrate(scored.logit, calibration), scored.sharpness)
+        uncalibrated = scored.logits.calibrated(Calibration())
+        numbers = (uncalibrated, scored.logits.p_fake(calibration), scored.sharpness)
         for video, label, source, dataset, *values in zip(*columns, *numbers, strict=True):
             writer.writerow([video, int(label), source, dataset, *(f"{v:.6f}" for v in values)])
-    draw_roc(scored, out / "roc.png")
+    draw_roc(scored, calibration, out / "roc.png")
     draw_reliability(scored, calibration, out / "reliability.png")
 
 

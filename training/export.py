@@ -24,7 +24,6 @@ from dfengine.bundle import Bundle, Calibration, ModelSpec, to_json
 from dfengine.engine import Engine
 from dfengine.errors import DfengineError
 from dfengine.runtime import CpuDevice
-from dfengine.stages.aggregate import sigmoid
 
 from .errors import ExportError
 from .evaluate import (
@@ -166,7 +165,7 @@ def check_engine(trained: Sequence[Trained], bundle: Bundle, videos: Sequence[Pa
         table = extract(folder, folder / "faces", settings, split="val", workers=1)
         found = {t.name: predict(t.network, _without_fakes(table, t).epoch(0)) for t in trained}
         scored = score_videos(table.split("val").faces, found, bundle)
-    trained_p = dict(zip(scored.video, sigmoid(scored.logit), strict=True))
+    trained_p = dict(zip(scored.video, scored.logits.p_fake(bundle.calibration), strict=True))
     largest = 0.0
     for file, video, score in zip(files, videos, scores, strict=True):
         difference = abs(float(trained_p[file]) - score.p_fake)

@@ -31,18 +31,17 @@ from torch.nn import functional as F
 
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.errors import DfengineError
-from dfengine.stages.aggregate import judge
+from dfengine.stages.aggregate import pool_rows
 from dfengine.stages.crop import crop_faces
 from dfengine.types import F32, F64, I64, Image
 
 from .augment import AugmentSettings, Draws, downscale, through_h264, through_jpeg
+from .calibration import VideoLogits, fit_calibration
 from .data import Batches, DataSettings
 from .evaluate import (
     THRESHOLD,
     Scored,
     Trained,
-    calibrate,
-    fit_calibration,
     load_trained,
     make_bundle,
     make_report,
@@ -336,7 +335,7 @@ def score(trained: Sequence[Trained], bundle: Bundle, held_out: HeldOut) -> Scor
         count = len(pictures.rows)
         for i in range(2 * count):
             row, is_fake = pictures.rows[i % count], i >= count
-            verdict = judge(make_tracks(faces, np.array([row])), {k: v[i : i + 1] for k, v in logits.items()}, bundle)
+            tracks = make_tracks(faces, np.array([row]))
             name = f"{faces.path[row]}#{pictures.family}{pictures.view}{pictures.level}"
             dataset = f"{pictures.family} {pictures.level}"
             columns.append(
@@ -346,12 +345,13 @@ def score(trained: Sequence[Trained], bundle: Bundle, held_out: HeldOut) -> Scor
                     faces.source_id[row],
                     name if is_fake else None,
                     dataset,
-                    verdict.logit,
+                    pool_rows(tracks, {k: v[i : i + 1] for k, v in logits.items()}, bundle),
                     float(sharp[i]),
                 )
             )
-    video, label, source_id, original, dataset, logit, sharp_all = (list(c) for c in zip(*columns, strict=True))
-    return Scored(video, np.array(label), source_id, original, dataset, np.array(logit), np.array(sharp_all))
+    video, label, source_id, original, dataset, pooled, sharp_all = (list(c) for c in zip(*columns, strict=True))
+    blends = VideoLogits([p.blend for p in pooled], [p.sides for p in pooled], bundle.aggregation.tracks)
+    return Scored(video, np.array(label), source_id, original, dataset, blends, np.array(sharp_all))
 
 
 def count_false_positives(scored: Scored, faces: FaceTable, p_fake: F64) -> dict[str, dict[str, float]]:
@@ -377,13 +377,13 @@ def evaluate(
     fitted_on = (
         f"{len(validation)} real and fake pictures of {people} people, all families and levels of training.heldout"
     )
-    calibration = fit_calibration(validation.logit, validation.label, fitted_on)
+    calibration = fit_calibration(validation.logits, validation.label, fitted_on)
     scored = validation if split == "val" else score(trained, bundle, HeldOut(table, split))
     part = table.split(split)
     report = make_report(trained, part.faces, scored, calibration, same=split == "val") | {
         "not_scored": part.failures,
         "levels": {name: asdict(level) for name, level in LEVELS.items()},
-        "false_positives": count_false_positives(scored, part, calibrate(scored.logit, calibration)),
+        "false_positives": count_false_positives(scored, part, scored.logits.p_fake(calibration)),
     }
     write_report(report, scored, calibration, out)
     return report

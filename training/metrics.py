@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dfengine.stages.aggregate import clip_probability
 from dfengine.types import F64
 
 Floats = NDArray[np.floating]
@@ -22,8 +23,8 @@ def auc(labels: Floats, scores: Floats) -> float:
 
 
 def log_loss(labels: Floats, p_fake: Floats) -> float:
-    """Mean negative log-likelihood, natural logarithm. Probabilities are kept 1e-7 from 0 and 1, as dfengine's are."""
-    p = np.clip(np.asarray(p_fake, np.float64), 1e-7, 1 - 1e-7)
+    """Mean negative log-likelihood, natural logarithm; probabilities are clipped as the engine's are."""
+    p = clip_probability(p_fake)
     return float(-np.mean(np.where(labels == 1, np.log(p), np.log1p(-p))))
 
 

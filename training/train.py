@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dfengine.bundle import Calibration
 from dfengine.errors import DfengineError
 from dfengine.stages.aggregate import sigmoid
 
@@ -260,7 +261,7 @@ def train(
                 world.share_buffers(network)
             predictions = world.gather_predictions(predict(trainer.kept, validation.epoch(0)))
             scored = score_videos(validation.faces, {name: predictions}, bundle)
-            p_fake = sigmoid(scored.logit)
+            p_fake = scored.logits.p_fake(Calibration())
             better = trainer.end_epoch(
                 {
                     "log_loss": metrics.log_loss(scored.label, p_fake),
