@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dfengine.errors import DeviceError, OptionError
 from dfengine.runtime import CpuDevice, Device
-from dfengine.stages.decode.video import DecoderPool
+from dfengine.stages.decode import DecoderPool
 
 DEVICES = ("auto", "cpu", "cuda")
 

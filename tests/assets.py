@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -235,6 +236,28 @@ def with_sound(video: Path, samples: NDArray[np.floating], out: Path) -> Path:
     return out
 
 
+def joined_streams(out: Path, parts: Sequence[tuple[Path, int]], *, empty: Sequence[int] = ()) -> Path:
+    """One file with the video stream of each part, under a disposition (av.stream.Disposition).
+
+    Those whose place is in ``empty`` are declared and have no packets.
+    """
+    with ExitStack() as opened, av.open(str(out), "w") as sink:
+        sources = [opened.enter_context(av.open(str(path))) for path, _ in parts]
+        streams = [sink.add_stream_from_template(source.streams.video[0]) for source in sources]
+        for stream, (_, disposition) in zip(streams, parts, strict=True):
+            stream.disposition = disposition
+        packets = [
+            (float(p.dts * p.time_base), i, p)
+            for i, source in enumerate(sources)
+            for p in source.demux(video=0)
+            if p.size and p.dts is not None and i not in empty
+        ]
+        for _, i, packet in sorted(packets, key=lambda p: p[:2]):
+            packet.stream = streams[i]
+            sink.mux(packet)
+    return out
+
+
 def _container(clip: Clip) -> str:
     suffix = Path(clip.name).suffix[1:]
     named = {"mkv": "matroska", "ts": "mpegts", "mpg": "mpeg", "y4m": "yuv4mpegpipe"}
@@ -362,12 +385,18 @@ def patch_box(data: bytes, box: str, offset: int, value: bytes, *, nth: int = 0)
     return data[:start] + value + data[start + len(value) :]
 
 
-def rotated(data: bytes, degrees: int) -> bytes:
-    """The display matrix in tkhd (version 0) set to a turn by ``degrees`` clockwise."""
+def rotated(data: bytes, degrees: int, *, mirrored: bool = False) -> bytes:
+    """The display matrix in tkhd (version 0) set to a turn by ``degrees`` clockwise, of the picture or its mirror
+    image."""
     a, b = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    one = 1 << 16
-    matrix = (a * one, b * one, 0, -b * one, a * one, 0, 0, 0, 1 << 30)
-    return patch_box(data, "tkhd", 40, struct.pack(">9i", *matrix))
+    sign = -1 if mirrored else 1
+    return with_matrix(data, (sign * a, sign * b, -b, a))
+
+
+def with_matrix(data: bytes, abcd: tuple[float, float, float, float]) -> bytes:
+    """The upper left of the display matrix in tkhd (version 0) set."""
+    a, b, c, d = (round(v * (1 << 16)) for v in abcd)
+    return patch_box(data, "tkhd", 40, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))
 
 
 def stated_durations(data: bytes, factor: float) -> bytes:

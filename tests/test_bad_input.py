@@ -153,7 +153,7 @@ REFUSED: list[tuple[str, Maker, str, str, str]] = [
     ("icon", lambda d: picture(d / "a.ico", "ICO"), "NotAVideo", "open", "this is a still image"),
     ("wav", lambda d: tone(d / "a.wav", "pcm_s16le"), "NotAVideo", "open", "there is no video stream, only audio"),
     ("sound in mp4", lambda d: tone(d / "a.mp4", "aac"), "NotAVideo", "open", "there is no video stream, only audio"),
-    ("song with cover", song_with_cover, "NotAVideo", "open", "no video stream, only audio, video and a cover picture"),
+    ("song with cover", song_with_cover, "NotAVideo", "open", "no video stream, only audio and a cover picture"),
     ("no frames", lambda d: no_frames(d, "avi"), "NotAVideo", "decode", "the video stream has no frames"),
     ("no streams", lambda d: no_frames(d, "mp4"), "NotAVideo", "open", "there is no video stream, only headers"),
     ("no clusters", headers_only, "NotAVideo", "open", "no video container was recognised (End of file)"),

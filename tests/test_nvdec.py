@@ -38,8 +38,8 @@ from dfengine.gpu import nvdec
 from dfengine.gpu.nvdec import NvdecPool
 from dfengine.sampling import Mode, Policy
 from dfengine.stages.decode import open_video
+from dfengine.stages.decode.decoder import CannotDecode
 from dfengine.stages.decode.nal import NalFormat
-from dfengine.stages.decode.video import CannotDecode
 from dfengine.types import Frames, Image
 
 MODES: tuple[Mode, ...] = ("exact", "reference", "keyframe")

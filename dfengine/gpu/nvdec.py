@@ -40,8 +40,8 @@ from av.video.stream import VideoStream
 from dfengine.errors import DeviceError, DeviceMemoryError, first_line
 from dfengine.sampling import Mode, Segment
 from dfengine.stages.decode.cpu import to_image
+from dfengine.stages.decode.decoder import TIE_SECONDS, CannotDecode, Numbered, Packets
 from dfengine.stages.decode.nal import NalFormat, Picture, Sequence
-from dfengine.stages.decode.video import TIE_SECONDS, CannotDecode, Numbered, Packets
 from dfengine.types import F64, Image
 
 if TYPE_CHECKING:
@@ -242,6 +242,7 @@ class NvdecDecoder:
         self.damaged = 0
         self._lane, self._pool = lane, pool
         self._nal: NalFormat | None = None
+        self._examined = -1  # index of the stream
         self._pictures: list[Picture] = []  # by packet, as the next
         self._stamps: list[int | None] = []
         self._fault = ""
@@ -249,8 +250,9 @@ class NvdecDecoder:
         self._healthy = True
 
     def examine(self, packet: Packet[Any]) -> None:
-        if self._nal is None:
-            self._nal = NalFormat(packet.stream.codec_context)
+        if self._nal is None or packet.stream.index != self._examined:  # of several streams another is taken
+            self._nal, self._examined = NalFormat(packet.stream.codec_context), packet.stream.index
+            self._pictures, self._stamps, self._fault = [], [], ""
         if not self._nal.codec or self._fault:
             return
         try:

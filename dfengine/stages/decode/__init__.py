@@ -8,7 +8,8 @@ from typing import Any
 
 from dfengine.errors import NotAVideo, SourceNotFound, SourceNotReadable
 from dfengine.stages.decode.cpu import CpuDecoder
-from dfengine.stages.decode.video import DEFAULT_MEMORY_BYTES, DecoderPool, PacketDecoder, Video
+from dfengine.stages.decode.decoder import DecoderPool, PacketDecoder
+from dfengine.stages.decode.video import DEFAULT_MEMORY_BYTES, Video
 from dfengine.types import PathLikeStr
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "DecoderPool", "Video", "open_video"]

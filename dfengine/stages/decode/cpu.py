@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from dfengine.sampling import Mode, Segment
-from dfengine.stages.decode.video import MAX_PIXELS, Numbered, Packets
+from dfengine.stages.decode.decoder import MAX_PIXELS, Numbered, Packets
 from dfengine.types import F64, Image
 
 if TYPE_CHECKING:

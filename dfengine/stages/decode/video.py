@@ -6,29 +6,28 @@ Decoding itself is a PacketDecoder's: on the CPU (cpu.py) or by NVDEC (nvdec.py)
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import av
 import numpy as np
 from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, SourceNotReadable, UnsupportedVideo
-from dfengine.sampling import MAX_SNAP_FRAMES, Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
+from dfengine.sampling import Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
+from dfengine.stages.decode.decoder import MAX_PIXELS, TIE_SECONDS, CannotDecode, Numbered, PacketDecoder, Packets
 from dfengine.stages.decode.nal import NalFormat
+from dfengine.stages.decode.streams import choose, passed_over, rank
 from dfengine.stages.media import open_media
-from dfengine.types import F64, Bool, Frames, Image, PathLikeStr
+from dfengine.types import F64, Frames, Image, PathLikeStr
 
 STAGE = "decode"
-
-# Larger pictures are refused before anything is allocated for them: no decoder in hardware takes more than
-# 8192 x 8192 (NVDEC, all codecs), and one such frame costs 100 MB as 8-bit 4:2:0.
-MAX_PIXELS = 8192 * 8192
 
 # Decoded frames that are kept at one time. 17 frames of 1080p are 53 MB, of 2160p 212 MB.
 DEFAULT_MEMORY_BYTES = 256 << 20
@@ -55,9 +54,6 @@ _OF_THE_MACHINE = frozenset(
     {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM}
 )
 
-# Times closer than this are equal: sums of float64 seconds, where the finest clocks in use tick at 1 ns to 1 us.
-TIE_SECONDS = 1e-7
-
 # Containers whose key-frame flags mean "decoding can start here". Elsewhere the flag comes from a parser that
 # also sets it on recovery points of intra refresh, from which decoding is not exact.
 _TRUSTED_KEYS = ("mov", "matroska")
@@ -66,80 +62,18 @@ _ENCRYPTED = "the video is encrypted; score a decrypted copy"
 _ENCRYPTED_TAGS = ("encv", "drmi")  # sample entries of ISO 23001-7 and of FairPlay
 
 
-class CannotDecode(Exception):
-    """A decoder cannot take this video, or failed on it, and the next one should: why, in one line for people."""
+@dataclass
+class _Read:
+    """What the packets say, by packet of the chosen stream, in decoding order."""
 
-
-class Packets:
-    """What a scan of the file found. Times are seconds on the stream's own clock."""
-
-    def __init__(
-        self, seconds: F64, is_key: Bool, is_shown: Bool, timeline: F64, timeline_stated: F64, timed: bool
-    ) -> None:
-        self.seconds = seconds  # by packet, in decoding order
-        self.is_key = is_key  # whether decoding can begin there, as far as the container is to be trusted
-        self.is_shown = is_shown  # False: an edit list hides its frame
-        self.timeline = timeline  # of the frames that are there, ascending
-        self.timeline_stated = timeline_stated  # also of frames that the header promises and a cut took away
-        self.timed = timed  # False: packets carry no presentation time, frames are counted instead
-        self.warnings: tuple[str, ...] = ()  # what is wrong with the file, as far as that shows without decoding
-
-    @property
-    def key_seconds(self) -> F64:
-        """Times of the key frames, ascending; empty where they are out of order and so cannot be trusted."""
-        seconds = self.seconds[self.is_key]
-        return seconds if np.all(np.diff(seconds) > 0) else seconds[:0]
-
-    def count_close(self, at: float, targets: F64, mode: Mode) -> int:
-        """How many targets the frame at ``at`` may stand for; the others were lost."""
-        if len(targets) == 0:
-            return 0
-        ranks = nearest(self.timeline_stated, np.concatenate([[at], targets]))
-        allowed = 0 if mode == "exact" else MAX_SNAP_FRAMES
-        return int(np.count_nonzero(np.abs(ranks[1:] - ranks[0]) <= allowed))
-
-
-# A packet's place in decoding order, and the packet.
-Numbered = tuple[int, "Packet[VideoStream]"]
-
-
-class PacketDecoder(Protocol):
-    """Turns packets of one video into pictures, whatever these are between ``decode`` and ``to_image``.
-
-    ``start`` and ``decode`` raise CannotDecode where the next decoder should try.
-    """
-
-    name: str
-    frames_decoded: int  # since ``start``
-    damaged: int  # packets and frames, since ``start``
-
-    def examine(self, packet: Packet[Any]) -> None:
-        """Sees each packet of the scan, in decoding order."""
-
-    def start(self, stream: VideoStream, packets: Packets, mode: Mode) -> None:
-        """Prepares for decoding ``stream``, whose first packet comes next. In modes but exact, frames that no other
-        depends on need not be decoded."""
-
-    def decode(
-        self, numbered: Iterator[Numbered], segment: Segment, wanted: F64
-    ) -> Generator[tuple[Any, float], None, None]:
-        """Yields the usable pictures of the segment's packets, ascending in time, with their seconds, and leaves the
-        decoder empty. ``wanted``: the times that the segment serves."""
-
-    def to_image(self, picture: Any) -> Image:
-        """Of a picture that was the last or the last but one from ``decode``."""
-
-    def close(self) -> None:
-        """Gives back what ``start`` took. Images stay valid."""
-
-
-class DecoderPool(Protocol):
-    """Decoders beside the CPU's, shared by the videos in work."""
-
-    def decoder(self, lane: Any) -> PacketDecoder:
-        """One for one video, whose images will lie in the memory of ``lane``."""
-
-    def close(self) -> None: ...
+    timed: bool
+    seconds: list[float] = field(default_factory=list)
+    is_key: list[bool] = field(default_factory=list)
+    shown: list[bool] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    count: Counter[int] = field(default_factory=Counter)  # packets of every stream, by its index
+    last_end: float = 0.0  # of any stream
+    restarts: bool = False
 
 
 class Video:
@@ -158,6 +92,7 @@ class Video:
         self._decoder = decoders[0]
         self._opened = ExitStack()
         self._kept: list[Packet[Any]] | None = []  # None: they were too many, or are used up
+        self._chosen: int | None = None  # index of the stream, once it is known which have packets
         self._container, self._stream = self._open()
         try:
             self._check_stream()
@@ -209,15 +144,18 @@ class Video:
                     path=self.path,
                     stage="open",
                 )
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                kinds = sorted({str(s.type) for s in container.streams}) or ["headers"]
-                cover = " and a cover picture" if container.streams.video else ""
-                raise NotAVideo(
-                    f"there is no video stream, only {', '.join(kinds)}{cover}", path=self.path, stage="open"
-                )
+            ranked = rank(container)
+            if not ranked:
+                kinds = sorted({str(s.type) for s in container.streams if s.type != "video"})
+                found = [", ".join(kinds)] * bool(kinds) + ["a cover picture"] * bool(container.streams.video)
+                only = " and ".join(found) or "headers"
+                raise NotAVideo(f"there is no video stream, only {only}", path=self.path, stage="open")
             self._opened = undo.pop_all()
-        return container, streams[0]
+        return container, next((s for s in ranked if s.index == self._chosen), ranked[0])
+
+    def _open_again(self) -> None:
+        self._opened.close()
+        self._container, self._stream = self._open()
 
     def _check_stream(self) -> None:
         codec: CodecContext | None = self._stream.codec_context
@@ -251,7 +189,7 @@ class Video:
             wanted = towards_key_frames(wanted, packets.timeline, packets.key_seconds)
         handed_out = -np.inf
         for decoder in self._decoders:
-            self._decoder, self.warnings = decoder, list(packets.warnings)
+            self._decoder, self.warnings = decoder, [*packets.warnings, *packets.notes]
             try:
                 for frames in self._sample(packets, wanted, mode, memory_bytes, after=handed_out):
                     handed_out = float(frames.pts_seconds[-1]) if len(frames) else handed_out
@@ -324,54 +262,23 @@ class Video:
 
     def _scan(self) -> Packets:
         """Reads all packets without decoding any: the times, not the header, say what is in the file."""
-        seconds: list[float] = []
-        is_key: list[bool] = []
-        shown: list[bool] = []
-        warnings: list[str] = []
-        # AVI states the order of decoding only; the times that FFmpeg guesses from it are wrong with B-pictures.
-        timed = self._container.format.name != "avi"
-        last_end = 0.0
-        decoded_at, restarts = -np.inf, False
-        kept_bytes = 0
-        nal = NalFormat(self._stream.codec_context)
-        try:
-            for packet in self._container.demux():
-                if packet.size == 0 or packet.time_base is None:
-                    continue
-                stamp = packet.pts if packet.pts is not None else packet.dts
-                if stamp is not None:
-                    last_end = max(last_end, float((stamp + (packet.duration or 0)) * packet.time_base))
-                if packet.stream.index != self._stream.index:
-                    continue
-                # Not told by the codec tag: FFmpeg replaces that with the tag of the plain codec.
-                if packet.has_sidedata("encryption_info"):
-                    raise UnsupportedVideo(_ENCRYPTED, path=self.path, stage=STAGE)
-                if packet.pts is None:
-                    timed = False
-                if packet.dts is not None:
-                    decoded_before, decoded_at = decoded_at, float(packet.dts * packet.time_base)
-                    restarts |= decoded_before - decoded_at > RESTART_SECONDS
-                seconds.append(float(stamp * packet.time_base) if stamp is not None else np.nan)
-                is_key.append(packet.is_keyframe and nal.may_begin(bytes(packet)))
-                shown.append(not packet.is_discard)
-                kept_bytes += packet.size
-                if kept_bytes > KEPT_BYTES:
-                    self._kept = None
-                elif self._kept is not None:
-                    self._kept.append(packet)
-                for decoder in self._decoders:
-                    decoder.examine(packet)
-        except av.FFmpegError as error:
-            self._raise_if_of_the_machine(error, STAGE)
-            warnings.append(f"reading stopped after {len(seconds)} video packets ({_text(error)})")
-        times = np.array(seconds, np.float64)
+        read = self._read()
+        ranked = rank(self._container)
+        self._chosen = choose(ranked, read.count).index
+        if self._chosen != self._stream.index:
+            self._kept = []
+            self._open_again()
+            self._check_stream()
+            read = self._read()
+        warnings, timed, last_end = list(read.warnings), read.timed, read.last_end
+        times = np.array(read.seconds, np.float64)
         rate = float(self._stream.average_rate or self._stream.base_rate or 25)
-        if restarts:  # files that were joined end to end: sorted by time, one would hide the other
+        if read.restarts:  # files that were joined end to end: sorted by time, one would hide the other
             warnings.append("the clock goes back in the middle, as in joined files; frames are counted instead")
             last_end = np.inf  # the header speaks of one of the clocks
-        if restarts or np.isnan(times).any():  # no clock for all of it: count
+        if read.restarts or np.isnan(times).any():  # no clock for all of it: count
             times, timed = np.arange(len(times)) / rate, False
-        is_shown = np.array(shown, bool)
+        is_shown = np.array(read.shown, bool)
         timeline = np.unique(times[is_shown])
         if len(timeline) == 0:
             raise NotAVideo("the video stream has no frames", path=self.path, stage=STAGE)
@@ -386,9 +293,50 @@ class Video:
             lost = min(int(missing / step), 4 * len(timeline) + 1000)
             stated = np.concatenate([timeline, timeline[-1] + step * np.arange(1, lost + 1)])
         trusted = timed and any(name in self._container.format.name for name in _TRUSTED_KEYS)
-        packets = Packets(times, np.array(is_key, bool) & trusted, is_shown, timeline, stated, timed)
+        packets = Packets(times, np.array(read.is_key, bool) & trusted, is_shown, timeline, stated, timed)
         packets.warnings = tuple(warnings)
+        packets.notes = tuple(note for note in (passed_over(ranked, self._chosen, read.count),) if note)
         return packets
+
+    def _read(self) -> _Read:
+        """All packets, those of the chosen stream to be kept if they are few."""
+        # AVI states the order of decoding only; the times that FFmpeg guesses from it are wrong with B-pictures.
+        read = _Read(timed=self._container.format.name != "avi")
+        decoded_at = -np.inf
+        kept_bytes = 0
+        nal = NalFormat(self._stream.codec_context)
+        try:
+            for packet in self._container.demux():
+                if packet.size == 0 or packet.time_base is None:
+                    continue
+                read.count[packet.stream.index] += 1
+                stamp = packet.pts if packet.pts is not None else packet.dts
+                if stamp is not None:
+                    read.last_end = max(read.last_end, float((stamp + (packet.duration or 0)) * packet.time_base))
+                if packet.stream.index != self._stream.index:
+                    continue
+                # Not told by the codec tag: FFmpeg replaces that with the tag of the plain codec.
+                if packet.has_sidedata("encryption_info"):
+                    raise UnsupportedVideo(_ENCRYPTED, path=self.path, stage=STAGE)
+                if packet.pts is None:
+                    read.timed = False
+                if packet.dts is not None:
+                    decoded_before, decoded_at = decoded_at, float(packet.dts * packet.time_base)
+                    read.restarts |= decoded_before - decoded_at > RESTART_SECONDS
+                read.seconds.append(float(stamp * packet.time_base) if stamp is not None else np.nan)
+                read.is_key.append(packet.is_keyframe and nal.may_begin(bytes(packet)))
+                read.shown.append(not packet.is_discard)
+                kept_bytes += packet.size
+                if kept_bytes > KEPT_BYTES:
+                    self._kept = None
+                elif self._kept is not None:
+                    self._kept.append(packet)
+                for decoder in self._decoders:
+                    decoder.examine(packet)
+        except av.FFmpegError as error:
+            self._raise_if_of_the_machine(error, STAGE)
+            read.warnings.append(f"reading stopped after {len(read.seconds)} video packets ({_text(error)})")
+        return read
 
     def _missing_seconds(self, last_end: float) -> float:
         """How much of the stated duration no packet of any stream covers, if that is too much for rounding."""
@@ -438,8 +386,7 @@ class Video:
         # packet is always decoded, also where the first wanted frame is far behind it.
         kept, self._kept = self._kept, None
         if kept is None:  # or a decoder has tried before: the next one begins with a fresh codec
-            self._opened.close()
-            self._container, self._stream = self._open()
+            self._open_again()
         packets_again = kept or (p for p in self._container.demux(self._stream) if p.size > 0)
         self._decoder.start(self._stream, packets, mode)
         segments = list(plan_segments(packets.seconds, packets.is_key, wanted))
