@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.harness import describe_machine, load, save
 from dfengine import Bundle, Engine
-from dfengine.jobs.run import VIDEO_SUFFIXES
+from dfengine.jobs.inputs import VIDEO_SUFFIXES
 
 FRAMES = 17
 MODES = ("exact", "reference", "keyframe")

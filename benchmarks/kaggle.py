@@ -25,7 +25,7 @@ from benchmarks.harness import save
 from benchmarks.nets import make_bundle
 from dfengine import Bundle, Engine
 from dfengine.jobs.deadline import parse_duration
-from dfengine.jobs.run import VIDEO_SUFFIXES
+from dfengine.jobs.inputs import VIDEO_SUFFIXES
 from dfengine.types import Plan
 
 FRAMES = (8, 17, 30)

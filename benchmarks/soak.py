@@ -27,7 +27,7 @@ import av
 import numpy as np
 
 from benchmarks.harness import save
-from dfengine.jobs.run import VIDEO_SUFFIXES
+from dfengine.jobs.inputs import VIDEO_SUFFIXES
 
 SHORT_SIDE, SHORT_SECONDS = 320, 3.0
 SAMPLE_SECONDS = 0.2

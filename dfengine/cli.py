@@ -37,9 +37,12 @@ from dfengine.bundle import Bundle
 from dfengine.errors import DfengineError, OutputError, display_path
 from dfengine.gpu.backends import compile_bundle
 from dfengine.info import build_info, devices, packaged_bundles
-from dfengine.jobs import results
 from dfengine.jobs.deadline import parse_duration
-from dfengine.jobs.run import Batch, expand_inputs
+from dfengine.jobs.inputs import expand_inputs
+from dfengine.jobs.output import Output
+from dfengine.jobs.run import Batch
+from dfengine.jobs.summary import Summary
+from dfengine.jobs.tables import COLUMNS, to_json, to_row
 from dfengine.types import VideoScore
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -125,9 +128,9 @@ def score(
     )
     inputs = {job.request: display_path(job.path) for job in batch.jobs}
     show = _JsonLines() if json else _Table() if sys.stdout.isatty() else _TabSeparated()
-    summary = results.Summary()
+    summary = Summary()
     files = {"out": out, "submission": submission, "missing_label": missing_label, "resume": resume}
-    with results.Output(inputs, **files) as output, batch.stopping_on_signals():  # type: ignore[arg-type]
+    with Output(inputs, **files) as output, batch.stopping_on_signals():  # type: ignore[arg-type]
         with _progress(batch, len(inputs) - len(output.done), shown=not quiet) as advance:
             for result in batch.run(output.done):
                 output.write(result)
@@ -222,7 +225,7 @@ class _JsonLines:
     """One object a line, each at once."""
 
     def add(self, score: VideoScore) -> None:
-        _print_line(results.to_json(score))
+        _print_line(to_json(score))
 
     def end(self) -> None:
         pass
@@ -232,10 +235,10 @@ class _TabSeparated:
     """For pipes: a line of names, then a line a video, each at once."""
 
     def __init__(self) -> None:
-        self._header = "\t".join(results.COLUMNS)
+        self._header = "\t".join(COLUMNS)
 
     def add(self, score: VideoScore) -> None:
-        cells = results.to_row(score).values()
+        cells = to_row(score).values()
         line = "\t".join("" if c is None else str(c).replace("\t", " ").replace("\n", " ") for c in cells)
         self.end()
         _print_line(line)
@@ -294,7 +297,7 @@ def _close_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _print_notes(batch: Batch, summary: results.Summary, skipped: int) -> None:
+def _print_notes(batch: Batch, summary: Summary, skipped: int) -> None:
     """What a person wants to know besides the rows."""
     lines: list[tuple[str, str]] = []
     if len(batch.jobs) > 1:

@@ -20,10 +20,12 @@ import pytest
 from assets import write_bundle
 
 from dfengine.bundle import Bundle
-from dfengine.engine import usable_cores
 from dfengine.errors import DeviceError, OptionError, WorkerCrashed
-from dfengine.jobs.run import Batch, expand_inputs
-from dfengine.jobs.worker import Died, Process, Scored, Setup, Task
+from dfengine.jobs.inputs import expand_inputs
+from dfengine.jobs.run import Batch
+from dfengine.jobs.wire import Setup, Task
+from dfengine.jobs.worker import Died, Process, Scored
+from dfengine.machine import usable_cores
 from dfengine.types import Plan, VideoScore
 
 
@@ -316,7 +318,7 @@ def test_workers_end_when_their_parent_is_killed(bundle: Bundle, fakes: Path, tm
 def test_workers_are_replaced_after_some_videos(
     bundle: Bundle, fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfengine.jobs.run.VIDEOS_A_WORKER", 3)
+    monkeypatch.setattr("dfengine.jobs.supervisor.VIDEOS_A_WORKER", 3)
     names = [f"ok-{i}" for i in range(14)]
     assert set(run(make_files(tmp_path / "v", *names), bundle, workers=2)) == set(names)
     pids = [line.split()[2] for line in fakes.read_text().splitlines() if line.startswith("begin")]

@@ -21,7 +21,7 @@ import pytest
 from assets import FACE, write_bundle, write_clip
 
 import dfengine
-from dfengine.jobs import results
+from dfengine.jobs.tables import COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_pipe_gets_tab_separated_text(folder: Path) -> None:
     done = score(folder, "clips/face.mp4")
     rows = list(csv.DictReader(io.StringIO(done.stdout.decode()), delimiter="\t"))
     assert [(r["path"], r["status"]) for r in rows] == [("clips/face.mp4", "ok")]
-    assert tuple(rows[0]) == results.COLUMNS
+    assert tuple(rows[0]) == COLUMNS
     assert 0 <= float(rows[0]["p_fake"]) <= 1
     assert done.returncode == 0
 

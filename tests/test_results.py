@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from dfengine.errors import OptionError, OutputError
-from dfengine.jobs import results
-from dfengine.jobs.results import Journal, Output, Submission, Summary
+from dfengine.jobs import submission, tables
+from dfengine.jobs.journal import Journal
+from dfengine.jobs.output import Output
+from dfengine.jobs.submission import Submission
+from dfengine.jobs.summary import Summary
+from dfengine.jobs.tables import COLUMNS, to_json, to_row
 from dfengine.types import ErrorInfo, FrameScore, TrackScore, VideoScore
 
 OK = VideoScore(
@@ -89,7 +93,7 @@ def test_csv(tmp_path: Path, scores: list[VideoScore]) -> None:
     with write(tmp_path / "out.csv", scores).open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    assert tuple(reader.fieldnames or ()) == results.COLUMNS
+    assert tuple(reader.fieldnames or ()) == COLUMNS
     assert [r["path"] for r in rows] == [s.path for s in scores]
     assert [r["p_fake"] for r in rows] == ["" if s.p_fake is None else str(s.p_fake) for s in scores]
     assert [r["error_message"] for r in rows] == [s.error.message if s.error else "" for s in scores]
@@ -100,8 +104,8 @@ def test_csv(tmp_path: Path, scores: list[VideoScore]) -> None:
 def test_parquet(tmp_path: Path, scores: list[VideoScore]) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = parquet.read_table(write(tmp_path / "out.parquet", scores)).to_pylist()
-    assert [{k: r[k] for k in results.COLUMNS} for r in rows] == [results.to_row(s) for s in scores]
-    assert [json.loads(r["detail_json"]) for r in rows] == [json.loads(results.to_json(s)) for s in scores]
+    assert [{k: r[k] for k in COLUMNS} for r in rows] == [to_row(s) for s in scores]
+    assert [json.loads(r["detail_json"]) for r in rows] == [json.loads(to_json(s)) for s in scores]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -118,13 +122,13 @@ def test_a_run_without_resume_replaces_what_is_there(tmp_path: Path, suffix: str
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_tables_are_in_the_order_of_the_input(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "PARQUET_ROWS", 3)
+    monkeypatch.setattr(tables, "PARQUET_ROWS", 3)
     path = write(tmp_path / f"out{suffix}", ALL[::-1], inputs=ALL)
     assert names(path) == [s.path for s in ALL]
 
 
 def test_seconds_are_the_sum_of_the_stages() -> None:
-    assert results.to_row(OK)["seconds"] == 0.75
+    assert to_row(OK)["seconds"] == 0.75
 
 
 # -- before the end ----------------------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ def test_a_row_of_another_request_is_replaced_and_rows_of_other_files_stay(tmp_p
 
 def test_a_path_twice_in_a_journal_keeps_its_last_row(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    lines = [results.to_json(s) for s in (OK, dataclasses.replace(OK, p_fake=0.75), NO_FACE)]
+    lines = [to_json(s) for s in (OK, dataclasses.replace(OK, p_fake=0.75), NO_FACE)]
     path.write_text("\n".join(lines) + "\n")
     with Journal(path, inputs_of([OK, NO_FACE]), resume=True) as journal:
         assert journal.done["00"].p_fake == 0.75
@@ -259,7 +263,7 @@ def test_output_that_cannot_be_written(tmp_path: Path, suffix: str) -> None:
     [
         ("out.jsonl", b"some notes\n", "line 1 is no row of scores that this version of dfengine wrote"),
         ("out.jsonl", b'{"path": "x"}\n', "line 1 is no row"),
-        ("out.jsonl", results.to_json(OK).encode() + b"\n[1]\n", "line 2 is no row"),
+        ("out.jsonl", to_json(OK).encode() + b"\n[1]\n", "line 2 is no row"),
         ("out.csv", b"filename,label\nx,0.5\n", "a row is no row"),
         ("out.csv", b"\xff\xfe,\nx,y\n", "this is no table of results"),
         ("out.parquet", b"PAR1 not", "this is no table of results"),
@@ -364,7 +368,7 @@ def test_a_submission_is_complete_at_every_moment(tmp_path: Path, monkeypatch: p
         assert path.read_text() == "filename,label\na.mp4,0.5\nm.mp4,0.5\nz.mp4,0.5\n"
         output.write(ok)
         assert path.read_text().endswith("z.mp4,0.5\n"), "not written anew for every row"
-        monkeypatch.setattr(results, "SUBMISSION_SECONDS", 0)
+        monkeypatch.setattr(submission, "SUBMISSION_SECONDS", 0)
         output.write(failed)
         assert path.read_text() == "filename,label\na.mp4,0.5\nm.mp4,0.5\nz.mp4,0.125\n"
         output.finish(complete=False)
@@ -404,7 +408,7 @@ def test_a_table_that_somebody_has_edited(tmp_path: Path) -> None:
                 journal.write(score)
         journal.finish()
     with path.open(newline="") as file:
-        assert [tuple(row) for row in csv.DictReader(file)] == [results.COLUMNS] * len(ALL)
+        assert [tuple(row) for row in csv.DictReader(file)] == [COLUMNS] * len(ALL)
     path.write_text(path.read_text().replace(f"{OK.p_fake}", "high", 1))
     with pytest.raises(OutputError, match=r"this is no table of results: p_fake of .* is 'high'"):
         Journal(path, inputs_of(ALL), resume=True)

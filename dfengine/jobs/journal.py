@@ -1,0 +1,243 @@
+"""Files of results that are safe against an end at any moment, and that a later run can go on with.
+
+Note [Journals]
+Rows are appended as they come, one line of JSON and one write() each: to the file itself if it is JSON lines, else to a
+journal beside it (FILE.journal.jsonl), from which the table is made when all rows are there. The table appears in one
+step (rename), and the journal goes. What has been written survives the end of the process as it is. Against the end
+of the machine the journal is synced to disk every SYNC_SECONDS: more often would cost more than the videos that it
+saves, less often would lose more than a user expects.
+
+Resuming reads the journal, or the finished table if there is none, cuts a torn last line, drops the rows that are to be
+made anew, and goes on behind the rest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from dfengine.errors import OptionError, OutputError
+from dfengine.files import replacing
+from dfengine.jobs.tables import FORMATS, Csv, Row, to_line
+from dfengine.types import VideoScore
+
+# Errors that the same file gives again, with the same bundle and options. All others are tried again by --resume.
+LASTING_ERRORS = frozenset({"NotAVideo", "UnsupportedVideo", "DecodeError"})
+
+SYNC_SECONDS = 5.0
+
+
+class Done(NamedTuple):
+    """The answer in a row of an earlier run."""
+
+    status: str
+    p_fake: float | None
+
+
+class Journal(AbstractContextManager["Journal"]):
+    """The file of results of one run: append with ``write``, complete with ``finish``.
+
+    ``inputs``: path (as in the rows) by request, in the order that a table shall have. With ``resume``, ``done`` has
+    the requests that need not be made again, and their answers; without, what is there is replaced. Without a
+    ``table`` the journal serves to resume alone, and stays.
+
+    Raises OptionError for a file that cannot be had, here; OutputError for a disk that is full or a folder that is
+    gone, and for a file that is not dfengine's.
+    """
+
+    def __init__(self, path: Path, inputs: Mapping[str, str], *, resume: bool = False, table: bool = True) -> None:
+        if table and path.suffix not in FORMATS:
+            raise OptionError(f"the output {path.name!r} must end in {', '.join(FORMATS)}")
+        check_folder(path)
+        self._format = FORMATS[path.suffix](path) if table else Csv(path)
+        self._has_table = table and self._format.journal != path
+        self._inputs = inputs
+        self.path = self._format.journal
+        self.done: dict[str, Done] = {}
+        if self._has_table and path.is_dir():
+            raise OptionError(f"the output {str(path)!r} cannot be written (Is a directory)")
+        try:
+            self._file = _open_locked(self.path)
+        except OSError as error:
+            raise OptionError(f"the output {str(self.path)!r} cannot be written ({error.strerror})") from None
+        try:
+            if resume:
+                self._resume()
+            else:
+                os.truncate(self._file, 0)
+        except OutputError:
+            os.close(self._file)
+            raise
+        except OSError as error:
+            os.close(self._file)
+            raise output_error(self.path, error) from None
+        self._synced = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            os.fsync(self._file)
+        os.close(self._file)
+
+    def write(self, score: VideoScore) -> None:
+        """Adds one row. Raises OutputError; the rows before it stay."""
+        data = (to_line(self._format.to_row(score)) + "\n").encode("ascii")
+        try:
+            if os.fstat(self._file).st_nlink == 0:
+                raise OutputError("the file was removed while results were written to it", path=self.path)
+            _append(self._file, data)
+            if time.monotonic() - self._synced >= SYNC_SECONDS:
+                os.fsync(self._file)
+                self._synced = time.monotonic()
+        except OutputError:
+            raise
+        except OSError as error:
+            raise output_error(self.path, error) from None
+
+    def finish(self) -> None:
+        """All rows are there: makes the table and removes its journal. Raises OutputError, and the journal stays."""
+        try:
+            if self._has_table:
+                with replacing(self._format.path) as partial:
+                    self._format.write_table(self._in_order(), partial)
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise output_error(self._format.path, error, f"; its rows are in {self.path}") from None
+
+    def _resume(self) -> None:
+        """Keeps the last row of each path, but those to be made anew, in a journal that replaces the old one."""
+        keep: dict[str, int] = {}  # line by path
+        requested = {path: request for request, path in self._inputs.items()}
+        for number, row in enumerate(self._old_rows()):
+            path, request = row["path"], row["request"]
+            if path not in requested:
+                keep[path] = number
+            elif request in self._inputs and _lasts(row):
+                keep[path] = number
+                self.done[request] = Done(row["status"], self._p_fake(row))
+            else:
+                keep.pop(path, None)
+                self.done.pop(requested[path], None)
+        lines = set(keep.values())
+        with replacing(self.path) as partial:
+            new = _open_locked(partial)
+            try:
+                with open(new, "wb", closefd=False) as file:
+                    for number, row in enumerate(self._old_rows()):
+                        if number in lines:
+                            file.write((to_line(row) + "\n").encode("ascii"))
+            except BaseException:
+                os.close(new)
+                raise
+        os.close(self._file)
+        self._file = new
+
+    def _p_fake(self, row: Row) -> float | None:
+        try:
+            return None if row["p_fake"] in (None, "") else float(row["p_fake"])
+        except ValueError:
+            raise OutputError(
+                f"this is no table of results: p_fake of {row['path']!r} is {row['p_fake']!r}", path=self._format.path
+            ) from None
+
+    def _old_rows(self) -> Iterator[Row]:
+        if os.fstat(self._file).st_size > 0:
+            with self.path.open("rb") as file:
+                yield from _parse(file, self.path)
+        elif self._has_table and self._format.path.exists():
+            for row in self._read_table():
+                _check_row(row, self._format.path, "a row")
+                yield row
+
+    def _read_table(self) -> Iterator[Row]:
+        try:
+            yield from self._format.read_table()
+        except ValueError as error:  # not UTF-8, not Parquet
+            raise OutputError(f"this is no table of results ({error})", path=self._format.path) from None
+
+    def _in_order(self) -> Iterator[Row]:
+        """Rows of other runs first, then those of this one in the order of its inputs."""
+        others, places = [], {}
+        with self.path.open("rb") as file:
+            at = 0
+            for line in file:
+                row = json.loads(line)
+                if row["request"] in self._inputs:
+                    places[row["request"]] = at
+                else:
+                    others.append(at)
+                at += len(line)
+            for place in (*others, *(places[request] for request in self._inputs if request in places)):
+                file.seek(place)
+                yield json.loads(file.readline())
+
+
+def check_folder(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"the folder for the output {str(path)!r} does not exist; make it first")
+
+
+def output_error(path: Path, error: OSError, note: str = "") -> OutputError:
+    return OutputError(
+        f"results cannot be written ({error.strerror or error}){note}; what was written before is kept: make room, "
+        "then run again with --resume",
+        path=path,
+    )
+
+
+def _lasts(row: Row) -> bool:
+    """Whether an answer would be the same if it were made again."""
+    error = row.get("error") or {}
+    kind = row.get("error_type") or error.get("type")
+    return row["status"] != "error" or kind in LASTING_ERRORS
+
+
+def _parse(file: BinaryIO, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            return  # torn: the process ended in the middle of it
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        _check_row(row, path, f"line {number}")
+        yield row
+
+
+def _check_row(row: Any, path: Path, where: str) -> None:
+    if not isinstance(row, dict) or not {"path", "status", "p_fake", "request"} <= row.keys():
+        raise OutputError(
+            f"{where} is no row of scores that this version of dfengine wrote; name another file, or leave out "
+            "--resume to replace it",
+            path=path,
+        )
+
+
+def _open_locked(path: Path) -> int:
+    """A file to append to, which no other run of dfengine writes to."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise OptionError(f"another run is writing to {str(path)!r}; wait for it, or end it") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def _append(file: int, data: bytes) -> None:
+    """One write. What a full disk took of it is taken back, so that the file ends with a whole line."""
+    end = os.lseek(file, 0, os.SEEK_END)
+    try:
+        while data:  # a full disk takes a part first, and says why the second time
+            data = data[os.write(file, data) :]
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file, end)
+        raise
