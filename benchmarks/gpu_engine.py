@@ -67,7 +67,7 @@ def decode_alone(engine: Engine, mode: str) -> Callable[[list[Path]], Iterable[i
     policy = Policy.parse(engine.plan.sampling)
 
     def decode(path: Path) -> int:
-        with engine._device.lane() as lane, open_video(path, lane=lane, pool=engine._decoders) as video:
+        with engine._shared.device.lane() as lane, open_video(path, lane=lane, pool=engine._shared.decoders) as video:
             count = sum(len(frames) for frames in video.frames(policy, parse_mode(mode)))
             lane.synchronize()
             return count
@@ -80,14 +80,14 @@ def decode_alone(engine: Engine, mode: str) -> Callable[[list[Path]], Iterable[i
 def decoded_before(engine: Engine, clips: list[Path], mode: str) -> Iterator[None]:
     """Inside it the engine finds the frames of the clips decoded."""
     policy = Policy.parse(engine.plan.sampling)
-    with engine._device.lane() as lane:
+    with engine._shared.device.lane() as lane:
         kept = {}
         for path in clips:
-            with open_video(path, lane=lane, pool=engine._decoders) as video:
+            with open_video(path, lane=lane, pool=engine._shared.decoders) as video:
                 frames = list(video.frames(policy, parse_mode(mode)))
                 kept[path] = Kept(video.name, frames, video.frames_decoded)
         lane.synchronize()
-        with mock.patch("dfengine.engine.open_video", lambda path, **options: kept[path]):
+        with mock.patch("dfengine.scoring.open_video", lambda path, **options: kept[path]):
             yield
 
 

@@ -1,37 +1,24 @@
-"""The main path: path -> Frames -> Faces -> Tracks -> Crops -> logits -> VideoScore."""
+"""Scores videos: one at a time, or many with what they share."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
-
-from dfengine.bundle import Bundle, ModelSpec
+from dfengine.bundle import Bundle
 from dfengine.devices import open_decoders, open_device
-from dfengine.errors import DfengineError, OptionError, display_path
-from dfengine.gpu.lanes import CACHE_BYTES
+from dfengine.errors import OptionError
 from dfengine.machine import default_workers, usable_cores
 from dfengine.runtime import Device
 from dfengine.sampling import Policy, parse_mode
-from dfengine.stages.aggregate import judge
-from dfengine.stages.audio import Sound, load_log_mel
-from dfengine.stages.backbone import BATCH_CROPS, Backbone
-from dfengine.stages.crop import crop_tracks
-from dfengine.stages.decode import DEFAULT_MEMORY_BYTES, Video, open_video
+from dfengine.scoring import Scoring, Shared
+from dfengine.stages.backbone import Backbone
+from dfengine.stages.decode import DEFAULT_MEMORY_BYTES
 from dfengine.stages.detect import Detector
-from dfengine.stages.people import People
-from dfengine.timing import Watch
-from dfengine.types import F64, Crops, ErrorInfo, PathLikeStr, Plan, Tracks, VideoScore
+from dfengine.types import PathLikeStr, Plan, VideoScore
 
 log = logging.getLogger("dfengine")
-
-# Of the detector, on a GPU: 16 frames at the largest level of the pyramid and their proposals, 20 MiB as a rule.
-DETECTOR_BYTES = 64 << 20
 
 
 class Engine:
@@ -67,29 +54,37 @@ class Engine:
             if value is not None and value < 1:
                 raise OptionError(f"{name} must be at least 1, got {value}")
         self.cores = threads or usable_cores()
-        self._memory_bytes = memory_bytes
-        self._device = open_device(device) if isinstance(device, str) else device
-        self._decoders, self._no_decoders = open_decoders(self._device)
-        self.device = self._device.name
-        self.workers = workers or default_workers(self._device.gpu is not None, self.cores)
-        self._nets: tuple[Detector, Backbone] | None = (
-            Detector(self.bundle.detector, device=self._device, threads=self.cores),
-            Backbone(self.bundle, device=self._device, threads=self.cores),
+        opened = open_device(device) if isinstance(device, str) else device
+        decoders, why_no_decoders = open_decoders(opened)
+        self.device = opened.name
+        self.workers = workers or default_workers(opened.gpu is not None, self.cores)
+        self._open: Shared | None = Shared(
+            bundle=self.bundle,
+            device=opened,
+            detector=Detector(self.bundle.detector, device=opened, threads=self.cores),
+            backbone=Backbone(self.bundle, device=opened, threads=self.cores),
+            decoders=decoders,
+            why_no_decoders=why_no_decoders,
+            memory_bytes=memory_bytes,
         )
-        if self._device.gpu is not None:
+        if opened.gpu is not None:
             what = "%s, %s: %d videos in work, which take at most %d MiB beside networks and decoders"
-            log.info(what, self.device, self._device.runtime, self.workers, self.gpu_memory_mib)
+            log.info(what, self.device, opened.runtime, self.workers, self.gpu_memory_mib)
 
     @property
     def gpu_memory_mib(self) -> int:
         """What the videos in work may take of a GPU's memory, at most: frames, crops, and what is kept for the next.
 
-        The networks come on top, and what NVDEC takes for each decoder. When the memory runs out before
+        0 on the CPU. The networks come on top, and what NVDEC takes for each decoder. When the memory runs out before
         that, what is kept is given back, batches are halved, and what then does not fit is a DeviceMemoryError.
         """
-        crops = max(3 * math.prod(m.input_hw) for m in self.bundle.members) * BATCH_CROPS * 4
-        each = self._memory_bytes + crops + DETECTOR_BYTES
-        return self.workers * (each * 5 // 4 + CACHE_BYTES) >> 20  # sizes are rounded up by a fourth at most
+        return self.workers * self._shared.device.lane_bytes(self._shared.video_bytes) >> 20
+
+    @property
+    def _shared(self) -> Shared:
+        if self._open is None:
+            raise RuntimeError("the engine is closed; make a new one")
+        return self._open
 
     def __enter__(self) -> Engine:
         return self
@@ -102,10 +97,11 @@ class Engine:
 
         The engine cannot be used afterwards: that raises RuntimeError.
         """
-        self._nets = None
-        if self._decoders is not None:
-            self._decoders.close()
-        self._device.close()
+        shared, self._open = self._open, None
+        if shared is not None:
+            if shared.decoders is not None:
+                shared.decoders.close()
+            shared.device.close()
 
     def score(
         self, path: PathLikeStr, *, plan: Plan | None = None, on_stage: Callable[[str], None] | None = None
@@ -147,98 +143,7 @@ class Engine:
         plan: Plan | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> VideoScore:
-        """The main path with its safety net: whatever happens to one video becomes its row."""
-        if self._nets is None:
-            raise RuntimeError("the engine is closed; make a new one")
-        plan = plan or self.plan
-        watch = Watch(on_stage)
-        known: dict[str, Any] = {
-            "path": display_path(path),
-            "sampling": plan.sampling,
-            "mode": plan.mode,
-            "bundle": self.bundle.name,
-            "bundle_digest": self.bundle.digest,
-            "device": self.device,
-            "runtime": self._device.runtime,
-        }
-        try:
-            with self._device.lane() as lane:
-                known |= self._main_path(path, threads, plan, watch, known, lane, *self._nets)
-        except DfengineError as error:
-            known |= _failed(type(error).__name__, error.stage or watch.stage, error.message)
-        except MemoryError:
-            known |= _failed("MemoryError", watch.stage, "memory ran out; lower memory_bytes or workers")
-        except Exception as error:  # a defect of dfengine: it costs this video its score, and no other
-            log.exception("unexpected error while scoring %s", display_path(path))
-            known |= _failed(type(error).__name__, watch.stage, f"unexpected: {error}; please report this")
-        score = VideoScore(**known, timings=watch.seconds)
-        log.info("%s: %s in %.2f s", score.path, score.status, sum(watch.seconds.values()))
-        return score
-
-    def _main_path(
-        self,
-        path: PathLikeStr,
-        threads: int,
-        plan: Plan,
-        watch: Watch,
-        known: dict[str, Any],
-        lane: Any,
-        detector: Detector,
-        backbone: Backbone,
-    ) -> dict[str, Any]:
-        """Fields of the VideoScore. ``known`` is filled on the way, so that a failed video tells how far it got."""
-        policy, mode = Policy.parse(plan.sampling), parse_mode(plan.mode)
-        people = People(detector, self.bundle.tracking, mode, watch=watch)
-        logits: list[dict[str, F64]] = []
-        with watch("decode"):
-            video = open_video(path, threads=threads, lane=lane, pool=self._decoders)
-        sounds: dict[str, Sound] = {}
-        for member in self.bundle.members:
-            if member.kind == "audio" and member.name in plan.members:
-                with watch("audio"):
-                    sounds[member.name] = load_log_mel(path, member.audio)
-        clips = backbone.clips({name: sound.log_mel for name, sound in sounds.items()}, only=plan.members)
-        with video, self._noting_how_decoded(video, known):
-            chunks = watch.each("decode", video.frames(policy, mode, memory_bytes=self._memory_bytes))
-            for frames, rows in people.each(chunks):
-
-                def make_crops(spec: ModelSpec, part: slice, images: Any = frames.images, rows: Tracks = rows) -> Crops:
-                    with watch("crop"):
-                        return crop_tracks(images, rows[part], spec, dtype=self._device.dtype, threads=threads)
-
-                with watch("backbone"):
-                    logits.append(backbone.run(len(rows), make_crops, only=plan.members))
-                    clips.add(rows, make_crops)
-            deaf = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing is not None)
-            known["warnings"] = (*video.warnings, *deaf)
-        with watch("backbone"):
-            of_clips = clips.finish()
-        with watch("aggregate"):
-            tracks, order = people.finish()
-            if len(order) == 0:
-                return {"status": "no_face"}
-            columns = {name: np.concatenate([part[name] for part in logits]) for name in logits[0]} | of_clips
-            verdict = judge(tracks, {name: column[order] for name, column in columns.items()}, self.bundle)
-        return {
-            "status": "ok",
-            "p_fake": verdict.p_fake,
-            "logit": verdict.logit,
-            "tracks": verdict.tracks,
-            "members": verdict.members,
-            "frames_scored": len(np.unique(tracks.index)),
-        }
-
-    @contextmanager
-    def _noting_how_decoded(self, video: Video, known: dict[str, Any]) -> Iterator[None]:
-        """Whatever happens inside, what is known of the decoding is in ``known`` afterwards."""
-        try:
-            yield
-        finally:
-            known |= {
-                "decoder": video.name,
-                "fallback_reason": video.fallback_reason or self._no_decoders or None,
-                "frames_decoded": video.frames_decoded,
-            }
+        return Scoring(self._shared, path, plan or self.plan, threads=threads, on_stage=on_stage).run()
 
 
 def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | None = None) -> Plan:
@@ -248,10 +153,6 @@ def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | No
         mode=parse_mode(mode) if mode is not None else bundle.sampling_mode,
         members=tuple(m.name for m in bundle.members),
     )
-
-
-def _failed(kind: str, stage: str, message: str) -> dict[str, Any]:
-    return {"status": "error", "error": ErrorInfo(kind, stage, message)}
 
 
 def _take_done(pending: list[Future[VideoScore]], ordered: bool) -> list[VideoScore]:

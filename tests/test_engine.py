@@ -448,6 +448,12 @@ def test_a_closed_engine_may_be_closed_again(bundle: Path) -> None:
     with Engine(bundle) as engine:
         engine.close()
     engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed; make a new one"):
+        engine.score("any.mp4")
+
+
+def test_nothing_is_taken_of_a_gpu_on_the_cpu(engine: Engine) -> None:
+    assert engine.gpu_memory_mib == 0
 
 
 # -- sessions: a row's result does not depend on the batch it is in ----------------------------------------------------

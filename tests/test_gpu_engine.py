@@ -240,13 +240,14 @@ def test_a_video_is_scored_while_another_waits_for_the_decoder(
     monkeypatch.setattr("dfengine.gpu.nvdec.NvdecPool", lambda gpu: NvdecPool(gpu, 1, nvc=nvdec))
     with Engine(bundle, device=FakeGpuDevice(), workers=2) as engine:
         lent: list[int] = []
-        real = engine._nets[0].detect  # type: ignore[index]
+        shared = engine._shared
+        real = shared.detector.detect
 
         def detect(*args: Any, **options: Any) -> Any:
-            lent.append(engine._decoders._lent)  # type: ignore[union-attr]
+            lent.append(shared.decoders._lent)  # type: ignore[union-attr]
             return real(*args, **options)
 
-        engine._nets[0].detect = detect  # type: ignore[index,method-assign]
+        shared.detector.detect = detect  # type: ignore[method-assign]
         assert engine.score(clips[0]).decoder == "nvdec"
         assert lent == [0]
 
@@ -255,6 +256,5 @@ def test_frames_that_end_with_none(bundle: Path) -> None:
     """A decoder that fails after its last useful frame leaves an empty end to the one that replaces it."""
     frames = Frames((), np.zeros(0), np.zeros(0, np.int64))
     with Engine(bundle, device="cpu") as engine:
-        detector, _ = engine._nets  # type: ignore[misc]
-        faces = detector.detect(frames.images)
+        faces = engine._shared.detector.detect(frames.images)
         assert len(Linker(engine.bundle.tracking).link(frames, faces)) == 0

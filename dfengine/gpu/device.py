@@ -9,7 +9,7 @@ from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceError
 from dfengine.gpu.backends import choose_backend, make_executors
 from dfengine.gpu.batching import BatchingSession
-from dfengine.gpu.lanes import Gpu, Lane
+from dfengine.gpu.lanes import CACHE_BYTES, Gpu, Lane
 from dfengine.gpu.spec import EngineSpec, GpuPrecision
 from dfengine.stages import _kernels
 from dfengine.types import Dtype
@@ -65,6 +65,10 @@ class GpuDevice:
                 yield lane
         finally:
             self._lanes.append(lane)
+
+    def lane_bytes(self, used: int) -> int:
+        """See Device.lane_bytes."""
+        return used * 5 // 4 + CACHE_BYTES  # sizes are rounded up by a fourth at most
 
     def close(self) -> None:
         for session in self._sessions:

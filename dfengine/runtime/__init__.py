@@ -49,6 +49,9 @@ class Device(Protocol):
     def lane(self) -> AbstractContextManager[Any]:
         """What a thread holds while it scores a video: a dfengine.gpu.lanes.Lane, or None on the CPU."""
 
+    def lane_bytes(self, used: int) -> int:
+        """GPU memory that a lane takes at most for what uses ``used`` bytes of it at a time; 0 on the CPU."""
+
     def close(self) -> None: ...
 
 
@@ -75,6 +78,9 @@ class CpuDevice:
 
     def lane(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def lane_bytes(self, used: int) -> int:
+        return 0
 
     def close(self) -> None:
         pass

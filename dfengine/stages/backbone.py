@@ -9,6 +9,7 @@ over rows weighs every clip by the rows that only it has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
@@ -41,6 +42,11 @@ class Backbone:
         device = CpuDevice() if device is None else device
         self.members = bundle.members
         self._sessions = {m.name: device.session(bundle, m.name, threads=threads) for m in bundle.members}
+
+    @property
+    def crops_bytes(self) -> int:
+        """Of the crops that a member is handed together, as float32, at most."""
+        return max(3 * math.prod(m.input_hw) for m in self.members) * BATCH_CROPS * 4
 
     def run(self, rows: int, make_crops: MakeCrops, *, only: Collection[str] | None = None) -> dict[str, F64]:
         """Logits of every frame member, or of those named in ``only``, for ``rows`` rows, (rows,) each.

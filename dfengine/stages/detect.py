@@ -25,6 +25,9 @@ from dfengine.types import F32, Faces, Image
 # were no faster.
 BATCH_FRAMES = 16
 
+# GPU memory for that: 16 frames at the largest level of the pyramid and their proposals, 20 MiB as a rule.
+DETECTOR_BYTES = 64 << 20
+
 # No network of the cascade is asked for smaller faces: facenet-pytorch's own default.
 MIN_FACE_PX = 20.0
 

@@ -86,7 +86,7 @@ def test_many_at_a_time_are_each_alone(clips: list[Path], on_cpu: list[VideoScor
 def test_memory_comes_back_and_stays_below_what_is_stated(clips: list[Path]) -> None:
     with Engine(device="cuda") as engine:
         list(engine.stream(clips * 10))
-        gpu = engine._device.gpu
+        gpu = engine._shared.device.gpu
         before = gpu.free_bytes()
         list(engine.stream(clips * 10))
         assert before - gpu.free_bytes() < 64 << 20
@@ -95,7 +95,7 @@ def test_memory_comes_back_and_stays_below_what_is_stated(clips: list[Path]) -> 
 
 def test_a_full_gpu_is_a_typed_row_and_passes(clips: list[Path], on_cpu: list[VideoScore]) -> None:
     with Engine(device="cuda", workers=1) as engine:
-        gpu: Gpu = engine._device.gpu
+        gpu: Gpu = engine._shared.device.gpu
         with gpu.lane() as lane:
             hoard = []
             step = 1 << 30
