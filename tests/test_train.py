@@ -201,6 +201,27 @@ def test_a_run_stopped_anywhere_ends_with_the_same_numbers(
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_run_goes_on_with_what_does_not_change_its_numbers(
+    recipe: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe, faces, tmp_path / "whole", "train.epochs=2")
+    step = train.Trainer.step
+
+    def stop_in_the_second_epoch(self: train.Trainer, batch: object) -> float:
+        if self.done.epoch == 1 and self.done.step == 2:
+            raise Stop
+        return step(self, batch)
+
+    monkeypatch.setattr(train.Trainer, "step", stop_in_the_second_epoch)
+    with pytest.raises(Stop):
+        run(recipe, faces, tmp_path / "broken", "train.epochs=2", "train.checkpoint_steps=1")
+    monkeypatch.setattr(train.Trainer, "step", step)
+    with pytest.raises(SystemExit, match=r"the run began with train\.lr = 0\.002, the recipe says 0\.1"):
+        run(recipe, faces, tmp_path / "broken", "train.epochs=2", "train.lr=0.1", resume=True)
+    run(recipe, faces, tmp_path / "broken", "train.epochs=2", "data.workers=2", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_kill_9_and_resume(recipe: Path, faces: Path, tmp_path: Path) -> None:
     changes = ["--set", "train.checkpoint_steps=1", "--set", "train.epochs=4"]
     command = [sys.executable, "-m", "training.train", str(recipe), "--faces", str(faces), *changes, "--device", "cpu"]

@@ -54,6 +54,9 @@ from .table import FaceTable
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 
+# Keys of a recipe that say how the work is done and not what comes of it: a run may go on with others.
+NOT_COMPUTED_WITH = frozenset({"data.workers", "train.checkpoint_steps"})
+
 
 class Trainer:
     """A network, its optimiser, schedule and average, from the first step or from a checkpoint."""
@@ -203,11 +206,11 @@ class Trainer:
 
 
 def check_same_recipe(former: Any, now: Any, path: Path, where: str = "") -> None:
-    """Raises CheckpointError, naming the first key that differs."""
+    """Raises CheckpointError, naming the first key that differs and has a say in the numbers."""
     if isinstance(former, dict) and isinstance(now, dict):
         for key in sorted(former.keys() | now.keys()):
             check_same_recipe(former.get(key), now.get(key), path, f"{where}.{key}" if where else key)
-    elif former != now:
+    elif former != now and where not in NOT_COMPUTED_WITH:
         raise CheckpointError(
             f"the run began with {where} = {former!r}, the recipe says {now!r}; go on with the same recipe, or begin "
             "in another folder",
