@@ -153,6 +153,7 @@ Image read_image(const py::handle& source, SamplesOf& samples_of) {
   DF_CHECK(rotation == 0 || rotation == 90 || rotation == 180 || rotation == 270,
            "rotation must be 0, 90, 180 or 270 degrees clockwise, got " + std::to_string(rotation));
   image.quarter_turns = rotation / 90;
+  image.mirrored = source.attr("mirrored").cast<bool>();
   const auto standard = source.attr("matrix").cast<std::string>();
   DF_CHECK((image.components == 1) == (standard == "gray"), "matrix 'gray' goes with one component, and only it");
   const auto bit_depth = source.attr("bit_depth").cast<int>();

@@ -83,13 +83,11 @@ Normalization make_normalization(const CropResizeOptions& options) {
   return norm;
 }
 
+namespace {
+
 // Clockwise quarter turns carry a coded point (x, y) of a w x h picture to
 // (x, y), (h - y, x), (w - x, h - y), (y, w - x).
-CodedCrop make_coded_crop(const Image& image, CropBox box, const CropResizeOptions& options) {
-  if (options.filter == Filter::kArea) {
-    round_to_pixels(box.x1, box.x2);
-    round_to_pixels(box.y1, box.y2);
-  }
+CodedCrop undo_turns(const Image& image, CropBox box, const CropResizeOptions& options) {
   const std::int32_t out_h = options.out_h, out_w = options.out_w;
   const auto w = static_cast<float>(image.width), h = static_cast<float>(image.height);
   const float width = box.x2 - box.x1, height = box.y2 - box.y1;
@@ -103,6 +101,18 @@ CodedCrop make_coded_crop(const Image& image, CropBox box, const CropResizeOptio
     default:
       return {{box.x1, width, out_w}, {box.y1, height, out_h}};
   }
+}
+
+}  // namespace
+
+CodedCrop make_coded_crop(const Image& image, CropBox box, const CropResizeOptions& options) {
+  if (options.filter == Filter::kArea) {
+    round_to_pixels(box.x1, box.x2);
+    round_to_pixels(box.y1, box.y2);
+  }
+  CodedCrop crop = undo_turns(image, box, options);
+  if (image.mirrored) crop.x.begin = static_cast<float>(image.width) - crop.x.begin - crop.x.length;
+  return crop;
 }
 
 void check_crop_resize(const std::vector<Image>& images, const std::vector<CropBox>& boxes,

@@ -59,7 +59,7 @@ struct OutputOrder {
   std::int64_t base, per_row, per_column;
 };
 
-DF_HD inline OutputOrder make_output_order(std::int32_t quarter_turns, std::int64_t out_h, std::int64_t out_w) {
+DF_HD inline OutputOrder make_turned_order(std::int32_t quarter_turns, std::int64_t out_h, std::int64_t out_w) {
   switch (quarter_turns) {
     case 1:
       return {out_w - 1, -1, out_w};
@@ -70,6 +70,17 @@ DF_HD inline OutputOrder make_output_order(std::int32_t quarter_turns, std::int6
     default:
       return {0, out_w, 1};
   }
+}
+
+DF_HD inline OutputOrder make_output_order(bool mirrored, std::int32_t quarter_turns, std::int64_t out_h,
+                                           std::int64_t out_w) {
+  OutputOrder order = make_turned_order(quarter_turns, out_h, out_w);
+  if (mirrored) {
+    const std::int64_t columns = (quarter_turns & 1) != 0 ? out_h : out_w;
+    order.base += (columns - 1) * order.per_column;
+    order.per_column = -order.per_column;
+  }
+  return order;
 }
 
 // `out` holds boxes.size() * 3 * out_h * out_w elements, float or std::uint16_t (binary16) as `options.half`

@@ -225,7 +225,7 @@ template <typename Out>
 void crop_band(const Image& image, const CropBox& box, const CropResizeOptions& options, const Normalization& norm,
                std::int32_t row_begin, std::int32_t row_end, Out* out) {
   const CodedCrop crop = make_coded_crop(image, box, options);
-  const OutputOrder order = make_output_order(image.quarter_turns, options.out_h, options.out_w);
+  const OutputOrder order = make_output_order(image.mirrored, image.quarter_turns, options.out_h, options.out_w);
   const std::int32_t columns = crop.x.out;
   const std::int64_t channel = static_cast<std::int64_t>(options.out_h) * options.out_w;
 

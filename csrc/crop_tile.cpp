@@ -35,7 +35,7 @@ TileImage make_tile_image(const Image& image, std::size_t index) {
   out.height = image.height;
   out.subsample_x = static_cast<std::uint16_t>(image.subsample_x);
   out.subsample_y = static_cast<std::uint16_t>(image.subsample_y);
-  out.quarter_turns = static_cast<std::uint8_t>(image.quarter_turns);
+  out.orientation = static_cast<std::uint8_t>(image.quarter_turns | (image.mirrored ? 4 : 0));
   out.components = static_cast<std::uint8_t>(image.components);
   out.sample_bytes = static_cast<std::uint8_t>(image.sample_bytes);
   return out;

@@ -56,7 +56,7 @@ struct TileImage {
   std::int32_t step_bytes[3];
   std::int32_t width, height;  // of the first plane
   std::uint16_t subsample_x, subsample_y;
-  std::uint8_t quarter_turns, components, sample_bytes, color;
+  std::uint8_t orientation, components, sample_bytes, color;  // orientation: quarter turns, and 4 if mirrored
 };
 
 struct TileBox {
@@ -121,7 +121,7 @@ struct Tile {
     rows = all_rows() - row0 < box.tile_rows ? all_rows() - row0 : box.tile_rows;
   }
 
-  DF_HD bool turned() const { return (image.quarter_turns & 1) != 0; }
+  DF_HD bool turned() const { return (image.orientation & 1) != 0; }
   DF_HD int all_columns() const { return turned() ? launch.out_h : launch.out_w; }
   DF_HD int all_rows() const { return turned() ? launch.out_w : launch.out_h; }
   DF_HD int plane_width(int grid) const {
@@ -440,7 +440,9 @@ DF_HD inline void crop_tile(const TileLaunch& launch, int tile_index, int box_in
   threads.each([&](int t, TilePixels& pixels) { finish_pixels(tile, shared, t, pixels); });
 
   const std::int64_t channel = static_cast<std::int64_t>(launch.out_h) * launch.out_w;
-  const OutputOrder order = make_output_order(tile.image.quarter_turns, launch.out_h, launch.out_w);
+  const int orientation = tile.image.orientation;
+  const OutputOrder order =
+      make_output_order((orientation & 4) != 0, orientation & 3, launch.out_h, launch.out_w);
   Out* out = static_cast<Out*>(launch.out) + box_index * 3 * channel + order.base + tile.row0 * order.per_row +
              tile.column0 * order.per_column;
   if (!tile.turned()) {

@@ -40,7 +40,8 @@ struct Image {
   std::int32_t height = 0;
   std::int32_t subsample_x = 1;  // first-plane pixels per chroma sample
   std::int32_t subsample_y = 1;
-  std::int32_t quarter_turns = 0;  // clockwise turns that make the picture upright, 0..3
+  bool mirrored = false;  // left and right are to be swapped first,
+  std::int32_t quarter_turns = 0;  // and then as many clockwise turns, 0..3, make the picture upright
   ColorMatrix color;
 
   DF_HD bool turned() const { return (quarter_turns & 1) != 0; }

@@ -59,7 +59,8 @@ class Image:
     memory or all on one GPU; chroma is smaller by ``subsampling_xy``. ``bit_depth``: of the samples; MSB-aligned P010
     counts as 16.
     ``matrix``: "bt601", "bt709", "bt2020", "smpte240m", "fcc", "ycgco", "rgb" or "gray".
-    ``rotation``: degrees clockwise (0, 90, 180, 270) that make the picture upright.
+    ``mirrored``: left and right are to be swapped first; ``rotation``: then so many degrees clockwise (0, 90, 180, 270)
+    make the picture upright.
     """
 
     components: tuple[Array, ...]
@@ -68,6 +69,7 @@ class Image:
     full_range: bool = False
     subsampling_xy: tuple[int, int] = (1, 1)
     rotation: int = 0
+    mirrored: bool = False
 
     @property
     def upright_hw(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from dfengine.types import Image
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # output on the scale 0..255
 FILTERS = ("triangle", "area", "bilinear")
 PADDINGS = ("edge", "zero")
+ORIENTATIONS = [(rotation, mirrored) for mirrored in (False, True) for rotation in (0, 90, 180, 270)]
 SUBSAMPLINGS = {"4:2:0": (2, 2), "4:2:2": (2, 1), "4:4:0": (1, 2), "4:4:4": (1, 1), "4:1:1": (4, 1), "4:1:0": (4, 4)}
 
 # (x1, y1, x2, y2) in a picture of 34 x 26.
@@ -43,6 +44,7 @@ def noise_image(
     matrix: str = "bt601",
     full_range: bool = False,
     rotation: int = 0,
+    mirrored: bool = False,
 ) -> Image:
     """Independent samples over the whole range: every wrong tap shows."""
     dtype = np.uint8 if bits == 8 else np.uint16
@@ -50,7 +52,7 @@ def noise_image(
     if matrix != "gray":
         shapes += [(-(-h // sub[1]), -(-w // sub[0]))] * 2
     planes = tuple(rng.integers(0, 1 << bits, shape, dtype=dtype, endpoint=False) for shape in shapes)
-    return Image(planes, bits, matrix, full_range, sub, rotation)
+    return Image(planes, bits, matrix, full_range, sub, rotation, mirrored)
 
 
 def interleaved(
@@ -94,9 +96,9 @@ def device_cases(rng: np.random.Generator) -> Iterator[Case]:
             yield Case(f"boxes {name}", [noise_image(rng)], every_box, [0] * len(every_box), options=options)
             images, boxes = [], []
             for sub in SUBSAMPLINGS.values():
-                for rotation in (0, 90, 180, 270):
+                for rotation, mirrored in ORIENTATIONS:
                     for h, w in ((26, 34), (25, 33), (1, 1), (1, 9), (9, 1)):
-                        images.append(noise_image(rng, h, w, sub=sub, rotation=rotation))
+                        images.append(noise_image(rng, h, w, sub=sub, rotation=rotation, mirrored=mirrored))
                         uh, uw = images[-1].upright_hw
                         boxes.append((-4.2, uh * 0.13, uw * 0.7, uh + 7.4))
             yield Case(f"layouts {name}", images, boxes, list(range(len(images))), options=options)

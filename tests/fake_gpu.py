@@ -6,6 +6,7 @@ backbone, decoder pool, NVDEC video, lanes, batching.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,13 +31,7 @@ def crop_resize_cuda(
     images: Sequence[Image], boxes: Any, image_index: Any, *, out: Any, stream: int, **options: Any
 ) -> None:
     """``_kernels.crop_resize_cuda`` by the CPU op."""
-    hosts = [
-        Image(
-            tuple(array_of(c) for c in image.components), image.bit_depth, image.matrix, image.full_range,
-            image.subsampling_xy, image.rotation,
-        )
-        for image in images
-    ]  # fmt: skip
+    hosts = [dataclasses.replace(image, components=tuple(array_of(c) for c in image.components)) for image in images]
     assert all(c.lane.stream == stream for image in images for c in image.components)
     target = array_of(out)
     target[:] = _kernels.crop_resize(

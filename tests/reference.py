@@ -75,14 +75,17 @@ def upright_plane(image: Image, j: int) -> tuple[np.ndarray, tuple[int, int], tu
     h, w = image.components[0].shape
     behind_x = plane.shape[1] * sx - w  # how far the component sticks out, at the end of the coded picture
     behind_y = plane.shape[0] * sy - h
+    left, right = 0, behind_x  # how far it sticks out there
+    if image.mirrored:
+        plane, left, right = plane[:, ::-1], right, left
     turned = np.rot90(plane, -(image.rotation // 90))  # rot90 turns anticlockwise
     if image.rotation == 90:  # what was the bottom is at the left, what was the left is at the top
-        return turned, (sy, sx), (-behind_y, 0)
+        return turned, (sy, sx), (-behind_y, -left)
     if image.rotation == 180:
-        return turned, (sx, sy), (-behind_x, -behind_y)
+        return turned, (sx, sy), (-right, -behind_y)
     if image.rotation == 270:  # what was the right is at the top, what was the top is at the left
-        return turned, (sy, sx), (0, -behind_x)
-    return turned, (sx, sy), (0, 0)
+        return turned, (sy, sx), (0, -right)
+    return turned, (sx, sy), (-left, 0)
 
 
 def axis_weights(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import TOLERANCE
-from crop_cases import BOXES, FILTERS, PADDINGS, PLAIN, SUBSAMPLINGS, noise_image
+from crop_cases import BOXES, FILTERS, ORIENTATIONS, PADDINGS, PLAIN, SUBSAMPLINGS, noise_image
 
 from dfengine.stages._kernels import crop_resize, pyramid
 from dfengine.types import Image
@@ -51,10 +51,10 @@ def test_boxes(rng, box, padding, resize):
 
 
 @pytest.mark.parametrize("sub", SUBSAMPLINGS.values(), ids=SUBSAMPLINGS)
-@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize(("rotation", "mirrored"), ORIENTATIONS)
 @pytest.mark.parametrize("hw", [(26, 34), (25, 33), (27, 34), (26, 35), (1, 1), (1, 9), (9, 1)], ids=str)
-def test_layouts_sizes_and_rotations(rng, hw, rotation, sub):
-    image = noise_image(rng, *hw, sub=sub, rotation=rotation)
+def test_layouts_sizes_and_orientations(rng, hw, rotation, mirrored, sub):
+    image = noise_image(rng, *hw, sub=sub, rotation=rotation, mirrored=mirrored)
     h, w = image.upright_hw
     boxes = [(0, 0, w, h), (w * 0.21, h * 0.13, w * 0.73, h * 0.91), (-4.2, 1.3, w * 0.7, h + 7.4)]
     for resize in FILTERS:
@@ -351,11 +351,11 @@ def test_the_other_boxes_change_nothing(crowd, rng):
 
 
 @pytest.mark.parametrize("resize", FILTERS)
-@pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_a_tagged_rotation_equals_a_turned_picture(rng, rotation, resize):
+@pytest.mark.parametrize(("rotation", "mirrored"), ORIENTATIONS[1:])
+def test_a_tagged_orientation_equals_a_turned_picture(rng, rotation, mirrored, resize):
     rgb = rng.integers(0, 256, (26, 34, 3), dtype=np.uint8)
-    tagged = dataclasses.replace(Image.from_rgb(rgb), rotation=rotation)
-    turned = Image.from_rgb(np.ascontiguousarray(np.rot90(rgb, -rotation // 90)))
+    tagged = dataclasses.replace(Image.from_rgb(rgb), rotation=rotation, mirrored=mirrored)
+    turned = Image.from_rgb(np.ascontiguousarray(np.rot90(rgb[:, ::-1] if mirrored else rgb, -rotation // 90)))
     assert tagged.upright_hw == turned.upright_hw
     boxes = list(BOXES.values())
     tolerance = TOLERANCE["crop_resize", "float32"]

@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from assets import FACE, NOBODY, Clip, joined_streams, write_bundle, write_clip, x264
+from assets import (
+    FACE,
+    NOBODY,
+    Clip,
+    joined_streams,
+    moving_face,
+    rotated,
+    with_matrix,
+    write_bundle,
+    write_clip,
+    x264,
+)
 from av.stream import Disposition
 
 from dfengine import Engine
@@ -15,6 +27,7 @@ from dfengine.stages.decode import open_video
 from dfengine.types import Image, VideoScore
 
 MakeClip = Callable[[Clip], Path]
+TWIN = 0.03  # how far real files may be from the same pictures without the oddity: encoded once more
 PREVIEW = x264("preview.mp4", "keyint=12", wh=(64, 48), frames=36)
 
 
@@ -47,6 +60,18 @@ def faults(data_dir: Path) -> Path:
     if not (data_dir / "faults").is_dir():
         pytest.skip("$DFENGINE_TEST_DATA has no faults/")
     return data_dir / "faults"
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Iterator[Engine]:
+    with Engine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def demo(faults: Path, packaged: Engine) -> VideoScore:
+    """The pictures of faults/, without oddity."""
+    return packaged.score(faults / "folder_from_a_mac" / "clip.mp4")
 
 
 # -- several video streams ---------------------------------------------------------------------------------------------
@@ -110,3 +135,56 @@ def test_real_files_with_several_streams(faults: Path, name: str) -> None:
     images, warnings = decode(faults / name)
     assert images[0].upright_hw == (480, 640)
     assert bool(warnings) == (not name.startswith("declared"))
+
+
+# -- display matrices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_display_matrices_make_pictures_upright(
+    engine: Engine, made: MakeClip, tmp_path: Path, degrees: int, mirrored: bool
+) -> None:
+    def coded(i: int, w: int, h: int) -> np.ndarray:  # what the matrix makes moving_face again
+        turned = np.rot90(moving_face(i, *((w, h) if degrees in (0, 180) else (h, w))), degrees // 90)
+        return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
+
+    wh = (320, 240) if degrees in (0, 180) else (240, 320)
+    plain = made(x264("upright.mp4", "keyint=12:bframes=2", wh=(320, 240), frames=36, picture=moving_face))
+    data = write_clip(x264("coded.mp4", "keyint=12:bframes=2", wh=wh, frames=36, picture=coded), tmp_path).read_bytes()
+    path = tmp_path / "tagged.mp4"
+    path.write_bytes(rotated(data, degrees, mirrored=mirrored))
+    images, _ = decode(path)
+    assert {(i.rotation, i.mirrored, i.upright_hw) for i in images} == {(degrees, mirrored, (240, 320))}
+    score, twin = engine.score(path), engine.score(plain)
+    assert_as(score, twin, 0.01)  # encoded turned, so not bit for bit
+    np.testing.assert_allclose(
+        [f.box for f in score.tracks[0].frames], [f.box for f in twin.tracks[0].frames], rtol=0, atol=6
+    )
+
+
+@pytest.mark.parametrize(
+    ("abcd", "rotation", "mirrored"),
+    [
+        ((0, 0, 0, 0), 0, False),
+        ((1, 1, 1, 1), 0, False),  # all on a line
+        ((0, 0, 1, 0), 0, False),
+        ((2, 0, 0, 0.5), 0, False),
+        ((0, 3, -0.2, 0), 90, False),
+        ((0.99, 0.14, -0.14, 0.99), 0, False),  # a camera that was held askew
+        ((-1, 0, 0, 1), 0, True),
+        ((0, 1, 1, 0), 270, True),  # transposed
+    ],
+)
+def test_a_display_matrix_counts_as_the_nearest_orientation(
+    made: MakeClip, tmp_path: Path, abcd: tuple[float, ...], rotation: int, mirrored: bool
+) -> None:
+    path = tmp_path / "tagged.mp4"
+    path.write_bytes(with_matrix(made(PREVIEW).read_bytes(), abcd))
+    images, _ = decode(path, "first:1")
+    assert (images[0].rotation, images[0].mirrored) == (rotation, mirrored)
+
+
+@pytest.mark.parametrize("name", ["mirrored_by_track_matrix.mp4", "flipped_by_track_matrix.mp4"])
+def test_real_files_with_mirrored_matrices(faults: Path, demo: VideoScore, packaged: Engine, name: str) -> None:
+    assert_as(packaged.score(faults / name), demo, TWIN)

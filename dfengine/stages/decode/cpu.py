@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -132,11 +133,31 @@ def to_image(frame: VideoFrame) -> Image:
         matrix = _MATRICES.get(int(frame.colorspace), "bt601")
         full_range = int(frame.color_range) == _FULL or layout.name.startswith("yuvj")
     (h, w), (ch, cw) = arrays[0].shape, arrays[-1].shape
+    rotation, mirrored = _orientation(frame)
     return Image(
         components=tuple(arrays),
         bit_depth=depth,
         matrix=matrix,
         full_range=full_range,
         subsampling_xy=(-(-w // cw), -(-h // ch)),
-        rotation=round(-frame.rotation / 90) % 4 * 90,
+        rotation=rotation,
+        mirrored=mirrored,
     )
+
+
+def _orientation(frame: VideoFrame) -> tuple[int, bool]:
+    """What makes the picture upright: degrees clockwise, and whether left and right are swapped before.
+
+    From the display matrix, of which the upper left (a, b; c, d) carries a picture's (x, y) to (ax + cy, bx + dy)
+    (ISO/IEC 14496-12, 8.3.2; FFmpeg's libavutil/display.h). One that would leave no picture counts as none.
+    """
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return 0, False
+    (a, b), (c, d) = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2].astype(np.float64)
+    area = a * d - b * c
+    if area == 0:
+        return 0, False
+    if area < 0:
+        a, b = -a, -b
+    return round(math.degrees(math.atan2(b - c, a + d)) / 90) % 4 * 90, bool(area < 0)
