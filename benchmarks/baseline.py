@@ -24,7 +24,7 @@ from dfengine.gpu.torch import to_module
 from dfengine.runtime import CpuDevice
 from dfengine.stages.aggregate import Verdict, judge
 from dfengine.stages.crop import crop_boxes
-from dfengine.stages.detect import Detector
+from dfengine.stages.detect import Cutter, Detector
 from dfengine.stages.people import People
 from dfengine.types import F32, Faces, Frames, Image
 
@@ -48,6 +48,7 @@ class Baseline:
     ) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = device
+        self._threads = 1  # torch has threads of its own
         self._bundle = bundle
         self.settings = bundle.detector
         self._frames = frames
@@ -64,7 +65,7 @@ class Baseline:
         """None if there is no face."""
         pictures, seconds, index = self._decode(path)
         frames = Frames(tuple(_RgbImage.of(p) for p in pictures), seconds, index)
-        ((_, rows),) = People(self, self._bundle.tracking, "exact").each([frames])
+        ((_, rows),) = People(self, self._bundle.tracking, "exact", threads=self._threads).each([frames])
         if len(rows) == 0:
             return None
         logits = {}
@@ -93,7 +94,7 @@ class Baseline:
         order = np.array(index, np.int64)
         return pictures, order / rate, order
 
-    def detect(self, images: Sequence[Image], *, stride: int = 1) -> Faces:
+    def detect(self, images: Sequence[Image], *, stride: int = 1, threads: int = 1) -> Faces:
         """All frames are searched, whatever the stride. See dfengine.stages.people.FaceDetector."""
         pictures = [image.picture for image in images]  # type: ignore[attr-defined]
         h, w = pictures[0].shape[:2]
@@ -148,8 +149,8 @@ class FairBaseline(Baseline):
         pictures, seconds, index = zip(*kept, strict=True)
         return list(pictures), np.array(seconds), np.array(index, np.int64)
 
-    def detect(self, images: Sequence[Image], *, stride: int = 1) -> Faces:
-        return self._detector.detect(images, stride=stride)
+    def detect(self, images: Sequence[Image], *, stride: int = 1, threads: int = 1) -> Faces:
+        return self._detector.detect(images, stride=stride, threads=threads)
 
     def _run(self, member: ModelSpec, batch: F32) -> NDArray[np.floating[Any]]:
         return self._sessions[member.name].run(batch)[0]
@@ -170,18 +171,23 @@ class _RgbImage(Image):
 class _RgbDetector(Detector):
     """The cascade fed by OpenCV."""
 
-    def _levels(self, images: Any, sizes_hw: list[tuple[int, int]], gain: float) -> list[F32]:
+    def _cutter(self, threads: int) -> Cutter:
+        return _RgbCutter(mean=self._input.mean, std=self._input.std, dtype="float32", threads=threads)
+
+
+class _RgbCutter(Cutter):
+    def pyramid(self, images: Any, sizes_hw: list[tuple[int, int]]) -> list[F32]:
         h, w = images[0].upright_hw
         whole, order = np.tile(np.array([0, 0, w, h], np.float32), (len(images), 1)), np.arange(len(images))
-        return [self._crop(images, whole, order, hw, gain) for hw in sizes_hw]
+        return [self.crop(images, whole, order, hw) for hw in sizes_hw]
 
-    def _crop(self, images: Any, boxes: F32, image: Any, hw: tuple[int, int], gain: float) -> F32:
+    def crop(self, images: Any, boxes: F32, image_index: Any, hw: tuple[int, int]) -> F32:
         pictures = [i.picture for i in images]
         out = np.empty((len(boxes), *hw, 3), np.float32)
-        for row, (at, (x0, y0, x1, y1)) in enumerate(zip(image, boxes.astype(int), strict=True)):
+        for row, (at, (x0, y0, x1, y1)) in enumerate(zip(image_index, boxes.astype(int), strict=True)):
             cut = pictures[at][y0:y1, x0:x1]
             out[row] = cv2.resize(cut, hw[::-1], interpolation=cv2.INTER_AREA)
-        out = (out * (gain / 255) - np.array(self._input.mean, np.float32)) / np.array(self._input.std, np.float32)
+        out = (out * (self.gain / 255) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(out.transpose(0, 3, 1, 2))
 
 

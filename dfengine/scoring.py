@@ -135,7 +135,8 @@ class Scoring:
         with self._open(lane) as video:
             sounds = self._listen()
             clips = shared.backbone.clips({n: s.log_mel for n, s in sounds.items()}, only=self._plan.members)
-            people = People(shared.detector, shared.bundle.tracking, parse_mode(self._plan.mode), watch=self._watch)
+            mode, watch = parse_mode(self._plan.mode), self._watch
+            people = People(shared.detector, shared.bundle.tracking, mode, threads=self._threads, watch=watch)
             logits = [self._classify(frames, rows, clips) for frames, rows in people.each(self._decode(video))]
             without_sound = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing)
             self._draft.warnings = (*video.warnings, *without_sound)

@@ -337,7 +337,7 @@ def test_more_frames_than_a_batch(detector, group):
 
 
 def test_threads_change_nothing(mixed):
-    want, got = (Detector(SETTINGS, threads=t).detect(mixed) for t in (1, 2))
+    want, got = (Detector(SETTINGS, threads=t).detect(mixed, threads=t) for t in (1, 2))
     assert_equal(got, want)
 
 

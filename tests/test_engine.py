@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import threading
@@ -286,6 +287,30 @@ def test_ordered_gives_the_order_of_the_input_when_the_first_is_the_slowest(
     paths = [clips["two"], *[clips["missing"]] * 6, clips["face"]]
     with Engine(bundle, workers=2) as engine:
         assert [s.path for s in engine.stream(paths, ordered=True)] == [str(p) for p in paths]
+
+
+def test_videos_share_the_cores(bundle: Path, clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of several videos in work asks for its share of the cores, in every stage, and a single one for all."""
+    asked: set[tuple[str, int]] = set()
+
+    def spy(target: str, name: str) -> None:
+        module = importlib.import_module(target)
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, **options: asked.add((name, options["threads"])) or real(*args, **options)
+        )
+
+    spy("dfengine.scoring", "open_video")
+    spy("dfengine.scoring", "crop_tracks")
+    spy("dfengine.stages.detect", "crop_resize")
+    spy("dfengine.stages.detect", "pyramid")
+    names = ("open_video", "crop_tracks", "crop_resize", "pyramid")
+    with Engine(bundle, workers=4, threads=8) as engine:
+        list(engine.stream([clips["face"]]))
+        assert asked == {(name, 2) for name in names}
+        asked.clear()
+        engine.score(clips["face"])
+        assert asked == {(name, 8) for name in names}
 
 
 # -- what goes wrong inside --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Told:
         self.strides: list[int] = []
         self._shown = 0
 
-    def detect(self, images: Sequence[Image], *, stride: int = 1) -> Faces:
+    def detect(self, images: Sequence[Image], *, stride: int = 1, threads: int = 1) -> Faces:
         self.strides.append(stride)
         here = self.faces[self._shown : self._shown + len(images)]
         self._shown += len(images)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
 from dfengine.stages import _boxes
 from dfengine.stages.kernels import crop_resize, pyramid, to_host
-from dfengine.types import F32, Faces, Image
+from dfengine.types import F32, Dtype, Faces, Image
 
 # Frames that go through the cascade together. Their pyramids take 40 MB as network input; on two cores 4, 8 and 48
 # were no faster.
@@ -41,21 +42,44 @@ _NMS_LEVEL, _NMS_PYRAMID, _NMS_RNET, _NMS_ONET = 0.5, 0.7, 0.7, 0.7
 _SAME_FACE = 0.1
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Cutter:
+    """How network input is cut out of pictures: normalised, after brightening by ``gain``, on ``threads`` cores."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    dtype: Dtype
+    gain: float = 1.0
+    threads: int = 1
+
+    def crop(self, images: Sequence[Image], boxes: F32, image_index: NDArray[np.int32], hw: tuple[int, int]) -> Any:
+        """Boxes (N, 4) of the images that ``image_index``, (N,), names -> (N, 3, *hw)."""
+        return crop_resize(images, boxes, image_index, out_hw=hw, **self._options())
+
+    def pyramid(self, images: Sequence[Image], sizes_hw: list[tuple[int, int]]) -> Sequence[Any]:
+        """The whole images, which are of one size, at each of the sizes."""
+        return pyramid(images, sizes_hw, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        # Brightening before normalising, (gain * x - mean) / std, costs nothing this way.
+        mean, std = (tuple(value / self.gain for value in values) for values in (self.mean, self.std))
+        return {"mean": mean, "std": std, "resize": "area", "dtype": self.dtype, "threads": self.threads}
+
+
 class Detector:
-    """The cascade, compiled for a device. Thread-safe."""
+    """The cascade, compiled for a device, to run on up to ``threads`` cores at a time. Thread-safe."""
 
     def __init__(self, settings: DetectorSettings, *, device: Device | None = None, threads: int = 1) -> None:
         device = CpuDevice() if device is None else device
         nets = Bundle.load(settings.nets)
         self.settings = settings
-        self._threads = threads
         self._dtype = device.dtype
         self._pnet, self._rnet, self._onet = (
             device.session(nets, name, threads=threads, detector=settings) for name in ("pnet", "rnet", "onet")
         )
         self._input = nets.member("pnet")
 
-    def detect(self, images: Sequence[Image], *, stride: int = 1) -> Faces:
+    def detect(self, images: Sequence[Image], *, stride: int = 1, threads: int = 1) -> Faces:
         """Finds the faces of each image; ``Faces.frame`` is the index into ``images``.
 
         Sorted by image, then by falling confidence. An image without a face has no row. Images of one size share
@@ -63,12 +87,17 @@ class Detector:
 
         A larger ``stride`` is for the frames of one video in order of time: every stride-th goes through the whole
         cascade, and those between are searched where their neighbours have faces (Note [Frames between]).
+
+        ``threads``: cores that cut network input out of the images.
         """
-        found = [self._detect_sized(images, rows, 1.0, stride) for rows in _by_size(images)]
+        cutter = self._cutter(threads)
+        found = [self._detect_sized(images, rows, cutter, stride) for rows in _by_size(images)]
         empty = np.setdiff1d(np.arange(len(images)), np.concatenate([f.frame for f in found]) if found else [])
         for gain, rows in self._dark(images, empty):
+            brighter = dataclasses.replace(cutter, gain=gain)
             found += [
-                self._detect_sized(images, rows[sized], gain, stride) for sized in _by_size([images[i] for i in rows])
+                self._detect_sized(images, rows[sized], brighter, stride)
+                for sized in _by_size([images[i] for i in rows])
             ]
         faces = Faces.concatenate(found)
         return faces[np.lexsort((-faces.confidence, faces.frame))]
@@ -86,7 +115,7 @@ class Detector:
             if gain > 1:
                 yield gain, np.array(group, np.int64)
 
-    def _detect_sized(self, images: Sequence[Image], rows: NDArray[np.int64], gain: float, stride: int) -> Faces:
+    def _detect_sized(self, images: Sequence[Image], rows: NDArray[np.int64], cutter: Cutter, stride: int) -> Faces:
         """Runs images of one size: every ``stride``-th and the last through the whole cascade, the others if need be.
 
         Note [Frames between]
@@ -98,18 +127,18 @@ class Detector:
         only, for less than ``stride`` samples.
         """
         whole = np.union1d(rows[::stride], rows[-1:])
-        faces = self._in_batches(images, whole, gain)
-        followed = self._follow(images, rows, faces, whole, gain)
+        faces = self._in_batches(images, whole, cutter)
+        followed = self._follow(images, rows, faces, whole, cutter)
         rest = np.setdiff1d(rows, np.concatenate([whole, followed.frame]))
-        return Faces.concatenate([faces, followed, self._in_batches(images, rest, gain)])
+        return Faces.concatenate([faces, followed, self._in_batches(images, rest, cutter)])
 
-    def _in_batches(self, images: Sequence[Image], rows: NDArray[np.int64], gain: float) -> Faces:
+    def _in_batches(self, images: Sequence[Image], rows: NDArray[np.int64], cutter: Cutter) -> Faces:
         """The whole cascade, in batches."""
         parts: list[Faces] = []
 
         def run(start: int, stop: int) -> None:
             batch = rows[start:stop]
-            faces = self._cascade([images[i] for i in batch], gain)
+            faces = self._cascade([images[i] for i in batch], cutter)
             parts.append(dataclasses.replace(faces, frame=batch[faces.frame]))
 
         for start in range(0, len(rows), BATCH_FRAMES):
@@ -117,7 +146,7 @@ class Detector:
         return Faces.concatenate(parts)
 
     def _follow(
-        self, images: Sequence[Image], rows: NDArray[np.int64], faces: Faces, whole: NDArray[np.int64], gain: float
+        self, images: Sequence[Image], rows: NDArray[np.int64], faces: Faces, whole: NDArray[np.int64], cutter: Cutter
     ) -> Faces:
         """The faces of ``rows`` that lie between rows of ``whole``, which have ``faces``; all of a row's or none."""
         expected = np.zeros(len(images), np.int64)
@@ -135,36 +164,22 @@ class Detector:
                 expected[row] = len(a)
         image, candidates = np.array(at, np.int32), np.concatenate(boxes)
         _boxes.make_square(candidates)
-        found = self._refine(images, *self._sift(images, image, candidates, gain), gain)
+        found = self._refine(images, *self._sift(images, image, candidates, cutter), cutter)
         confirmed = np.bincount(found.frame, minlength=len(images)) == expected
         return found[confirmed[found.frame]]
 
-    def _crop(
-        self, images: Sequence[Image], boxes: F32, image: NDArray[np.int32], hw: tuple[int, int], gain: float
-    ) -> Any:
-        mean, std = self._normalization(gain)
-        return crop_resize(
-            images, boxes, image, out_hw=hw, mean=mean, std=std, resize="area", dtype=self._dtype, threads=self._threads
-        )
+    def _cutter(self, threads: int) -> Cutter:
+        return Cutter(mean=self._input.mean, std=self._input.std, dtype=self._dtype, threads=threads)
 
-    def _levels(self, images: Sequence[Image], sizes_hw: list[tuple[int, int]], gain: float) -> Sequence[Any]:
-        mean, std = self._normalization(gain)
-        return pyramid(images, sizes_hw, mean=mean, std=std, resize="area", dtype=self._dtype, threads=self._threads)
-
-    def _normalization(self, gain: float) -> tuple[Any, Any]:
-        # Brightening by `gain` before normalising, (gain * x - mean) / std, costs nothing this way.
-        mean, std = self._input.mean, self._input.std
-        return (mean[0] / gain, mean[1] / gain, mean[2] / gain), (std[0] / gain, std[1] / gain, std[2] / gain)
-
-    def _cascade(self, images: Sequence[Image], gain: float) -> Faces:
+    def _cascade(self, images: Sequence[Image], cutter: Cutter) -> Faces:
         """The three networks on images of one size."""
-        return self._refine(images, *self._sift(images, *self._propose(images, gain), gain), gain)
+        return self._refine(images, *self._sift(images, *self._propose(images, cutter), cutter), cutter)
 
     def _sift(
-        self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, gain: float
+        self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, cutter: Cutter
     ) -> tuple[NDArray[np.int32], F32]:
         """R-Net: (image, square xyxy boxes) of what it takes for faces, moved towards them."""
-        image, boxes, crops = self._crop_proposals(images, image, boxes, 24, gain)
+        image, boxes, crops = self._crop_proposals(images, image, boxes, 24, cutter)
         score, shift = self._rnet.run(crops)
         image, boxes, score, shift = _where(score > self.settings.thresholds[1], image, boxes, score, shift)
         kept = _boxes.nms(boxes, score, image, _NMS_RNET)
@@ -173,9 +188,9 @@ class Detector:
         _boxes.make_square(boxes)
         return image, boxes
 
-    def _refine(self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, gain: float) -> Faces:
+    def _refine(self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, cutter: Cutter) -> Faces:
         """O-Net: what it takes for a face, with landmarks, each face once."""
-        image, boxes, crops = self._crop_proposals(images, image, boxes, 48, gain)
+        image, boxes, crops = self._crop_proposals(images, image, boxes, 48, cutter)
         score, shift, points = self._onet.run(crops)
         taken = score > self.settings.thresholds[2]
         image, boxes, score, shift, points = _where(taken, image, boxes, score, shift, points)
@@ -185,11 +200,11 @@ class Detector:
         kept = _boxes.nms(boxes, score, image, _NMS_ONET, of_smaller=True, pixel=1.0)
         return Faces(image[kept].astype(np.int64), boxes[kept], landmarks[kept].astype(np.float32), score[kept])
 
-    def _propose(self, images: Sequence[Image], gain: float) -> tuple[NDArray[np.int32], F32]:
+    def _propose(self, images: Sequence[Image], cutter: Cutter) -> tuple[NDArray[np.int32], F32]:
         """P-Net over the pyramid: (image, square xyxy boxes)."""
         h, w = images[0].upright_hw
         scales = self._scales(h, w)
-        levels = self._levels(images, [(int(h * scale + 1), int(w * scale + 1)) for scale in scales], gain)
+        levels = cutter.pyramid(images, [(int(h * scale + 1), int(w * scale + 1)) for scale in scales])
         found: list[tuple[NDArray[np.int32], F32]] = []
         for scale, level in zip(scales, levels, strict=True):
             prob, shift = self._pnet.run(level)
@@ -215,7 +230,7 @@ class Detector:
         return scales
 
     def _crop_proposals(
-        self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, size: int, gain: float
+        self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, size: int, cutter: Cutter
     ) -> tuple[NDArray[np.int32], F32, Any]:
         """Cuts proposals out at whole pixels, clipped to the frame; drops those that lie outside it."""
         h, w = images[0].upright_hw
@@ -224,7 +239,7 @@ class Detector:
         whole[:, 2:] = np.minimum(whole[:, 2:], (w, h))
         inside = np.all(whole[:, 2:] > whole[:, :2], axis=1)
         image, boxes, whole = _where(inside, image, boxes, whole)
-        return image, boxes, self._crop(images, whole, image, (size, size), gain)
+        return image, boxes, cutter.crop(images, whole, image, (size, size))
 
 
 def _by_size(images: Sequence[Image]) -> list[NDArray[np.int64]]:

@@ -23,21 +23,28 @@ class FaceDetector(Protocol):
 
     settings: DetectorSettings
 
-    def detect(self, images: Sequence[Image], *, stride: int = 1) -> Faces: ...
+    def detect(self, images: Sequence[Image], *, stride: int = 1, threads: int = 1) -> Faces: ...
 
 
 class People:
-    """The people of one video. Not thread-safe.
+    """The people of one video, found on ``threads`` cores. Not thread-safe.
 
     Go through ``each`` to its end, and keep what belongs to its rows; then ``finish`` says which of them count.
     """
 
     def __init__(
-        self, detector: FaceDetector, tracking: TrackingSettings, mode: Mode, *, watch: Watch | None = None
+        self,
+        detector: FaceDetector,
+        tracking: TrackingSettings,
+        mode: Mode,
+        *,
+        threads: int = 1,
+        watch: Watch | None = None,
     ) -> None:
         self._detector, self._tracking = detector, tracking
         # In exact mode every frame is searched; DetectorSettings.stride says why not in the others.
         self._stride = 1 if mode == "exact" else detector.settings.stride
+        self._threads = threads
         self._watch = watch if watch is not None else Watch()
         self._linker = Linker(tracking)
         self._parts: list[Tracks] = []
@@ -53,7 +60,7 @@ class People:
         for frames in video:
             self._frames_sampled += len(frames)
             with self._watch("detect"):
-                faces = self._detector.detect(frames.images, stride=self._stride)
+                faces = self._detector.detect(frames.images, stride=self._stride, threads=self._threads)
             with self._watch("track"):
                 rows = self._linker.link(frames, faces)
                 if frames.is_last:
