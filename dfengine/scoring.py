@@ -120,12 +120,12 @@ class Scoring:
             with self._shared.device.lane() as lane:
                 self._main_path(lane)
         except DfengineError as error:
-            draft.error = ErrorInfo(type(error).__name__, error.stage or watch.stage, error.message)
+            draft.error = ErrorInfo(type(error).__name__, error.stage or watch.failed, error.message)
         except MemoryError:
-            draft.error = ErrorInfo("MemoryError", watch.stage, "memory ran out; lower memory_bytes or workers")
+            draft.error = ErrorInfo("MemoryError", watch.failed, "memory ran out; lower memory_bytes or workers")
         except Exception as error:  # a defect of dfengine: it costs this video its score, and no other
             log.exception("unexpected error while scoring %s", draft.path)
-            draft.error = ErrorInfo(type(error).__name__, watch.stage, f"unexpected: {error}; please report this")
+            draft.error = ErrorInfo(type(error).__name__, watch.failed, f"unexpected: {error}; please report this")
         score = draft.finish(watch.seconds)
         log.info("%s: %s in %.2f s", score.path, score.status, sum(watch.seconds.values()))
         return score
