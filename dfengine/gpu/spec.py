@@ -12,6 +12,7 @@ import numpy as np
 from dfengine.bundle import Bundle, DetectorSettings, ModelSpec
 from dfengine.errors import OptionError
 from dfengine.gpu.precision import RECIPE, to_float16
+from dfengine.runtime.contract import input_shapes
 
 __all__ = ["EngineSpec", "GpuPrecision", "Profile", "Shape", "detector_profiles", "member_profiles"]
 
@@ -111,9 +112,7 @@ class EngineSpec:
 
 def member_profiles(spec: ModelSpec) -> tuple[Profile, ...]:
     """The inputs of a member of a bundle."""
-    clip = () if spec.kind == "frame" else (spec.clip_frames,)
-    sound = (Profile.fixed(spec.audio.bands, spec.audio.frames),) if spec.kind == "audio" else ()
-    return (Profile.fixed(*clip, 3, *spec.input_hw), *sound)
+    return tuple(Profile.fixed(*shape) for shape in input_shapes(spec))
 
 
 def detector_profiles(spec: ModelSpec, settings: DetectorSettings) -> tuple[Profile, ...]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceMemoryError
+from dfengine.runtime.contract import check_network
 from dfengine.types import Array, Dtype
 
 __all__ = ["CpuDevice", "Device", "Session", "in_halves_if_need_be"]
@@ -43,7 +44,8 @@ class Device(Protocol):
     ) -> Session:
         """Compiles a member of a bundle; on the CPU to run on up to ``threads`` cores at a time.
 
-        ``detector``: how the networks of a detector will be used.
+        ``detector``: how the networks of a detector will be used. Raises BundleError, and InferenceError for a network
+        that does not compile or is not of its kind.
         """
 
     def lane(self) -> AbstractContextManager[Any]:
@@ -72,9 +74,11 @@ class CpuDevice:
         from dfengine.runtime.openvino import OpenVinoSession
 
         spec = bundle.member(member)
-        return OpenVinoSession(
+        session = OpenVinoSession(
             f"{bundle.name}/{member}", bundle.onnx_bytes(spec), threads=threads, precision=spec.precision
         )
+        check_network(session.name, spec, session.inputs, session.outputs)
+        return session
 
     def lane(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -6,6 +6,7 @@ import queue
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from dfengine.bundle import Precision
 from dfengine.errors import InferenceError, first_line
+from dfengine.runtime.contract import Seen
 
 # What OpenVINO prepares for a shape of input it keeps, for 5,000 shapes and layers unless told: 400 sizes of pyramid
 # levels then cost 540 MB, with this limit 410. Videos of one size lose 3 % of CPU time by it.
@@ -64,7 +66,12 @@ class OpenVinoSession:
                 },
             )
         except RuntimeError as error:
-            raise InferenceError(f"network {name} cannot be compiled ({first_line(error)})", stage="runtime") from None
+            raise InferenceError(
+                f"network {name} cannot be compiled: OpenVINO {metadata.version('openvino')} says {_reason(error)!r}; "
+                "export it again, as ONNX of operations that OpenVINO knows",
+                stage="runtime",
+            ) from None
+        self.inputs, self.outputs = ([_seen(p) for p in ports] for ports in (self._model.inputs, self._model.outputs))
         self._any_size = any(d.is_dynamic for d in list(self._model.inputs[0].get_partial_shape())[1:])
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(self._streams):
@@ -104,7 +111,7 @@ class OpenVinoSession:
         except RuntimeError as error:
             got = ", ".join(str(x.shape) for x in inputs)
             raise InferenceError(
-                f"network {self.name} failed on a batch of shape {got} ({first_line(error)})",
+                f"network {self.name} failed on a batch of shape {got} ({_reason(error)})",
                 stage="runtime",
             ) from None
         finally:
@@ -113,6 +120,24 @@ class OpenVinoSession:
                     request.wait()
                 self._idle.put(request)
         return results
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of an error of OpenVINO that tells why.
+
+    Around it are places in OpenVINO's source, headings of what follows, which end with a colon, and the sentence that
+    goes before each report of operations.
+    """
+    lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines()]
+    useful = (s for s in lines if s and not s.endswith(":") and s != "Model wasn't fully converted.")
+    return next(useful, first_line(error))
+
+
+def _seen(port: Any) -> Seen:
+    shape = port.get_partial_shape()
+    if shape.rank.is_dynamic:
+        return None
+    return tuple(d.get_length() if d.is_static else None for d in shape)
 
 
 def _part_rows(row_bytes: int) -> int:
