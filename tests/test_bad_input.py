@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,49 @@ def song_with_cover(folder: Path) -> Path:
     return write(folder / "song.mp3", b"ID3\x03\0\0" + size + tag + sound)
 
 
+def single_picture(folder: Path, codec: str, pix_fmt: str, suffix: str, container: str | None = None) -> Path:
+    """A still that its first bytes do not betray."""
+    clip = Clip(f"single{suffix}", codec, pix_fmt, wh=(64, 48), frames=1, container=container)
+    return write_clip(clip, folder)
+
+
+def jpeg_with_gain_map(folder: Path) -> Path:
+    """Two JPEGs in one file, as phones write them, with the index that says so (CIPA DC-007) in the first."""
+    data = jpeg_bytes(folder)
+    return write(folder / "a.mp4", data[:2] + b"\xff\xe2\0\x08MPF\0II" + data[2:] + data)
+
+
+def png_of_one(folder: Path) -> Path:
+    data = picture(folder / "plain.png", "PNG").read_bytes()
+    control = b"acTL" + struct.pack(">II", 1, 0)
+    chunk = struct.pack(">I", 8) + control + struct.pack(">I", zlib.crc32(control))
+    return write(folder / "a.png", data[:33] + chunk + data[33:])
+
+
+def cut(folder: Path, length: int) -> Path:
+    """An MP4 whose index comes last, without its last ``length`` bytes, or without as many of its index."""
+    data = write_clip(x264("whole.mp4", "keyint=12", frames=12), folder).read_bytes()
+    at = data.index(b"moov") - 4
+    return write(folder / "cut.mp4", data[: at + length])
+
+
+def song_with_cover_mp4(folder: Path) -> Path:
+    from av.stream import Disposition
+
+    sound = tone(folder / "sound.mp4", "aac")
+    cover = write_clip(Clip("cover.avi", "mjpeg", "yuvj420p", wh=(64, 48), frames=1), folder)
+    song = folder / "song.m4a"
+    with av.open(str(sound)) as a, av.open(str(cover)) as b, av.open(str(song), "w", format="mp4") as out:
+        streams = [out.add_stream_from_template(s) for s in (a.streams.audio[0], b.streams.video[0])]
+        streams[1].disposition = Disposition.attached_pic
+        for source, stream in zip((a, b), streams, strict=True):
+            for packet in source.demux():
+                if packet.dts is not None:
+                    packet.stream = stream
+                    out.mux(packet)
+    return song
+
+
 def headers_only(folder: Path) -> Path:
     """A Matroska file that ends where its first cluster would begin."""
     data = write_clip(x264("whole.mkv", "keyint=12", frames=4), folder).read_bytes()
@@ -147,6 +191,14 @@ REFUSED: list[tuple[str, Maker, str, str, str]] = [
     ("tiff as mp4", lambda d: picture(d / "a.mp4", "TIFF"), "NotAVideo", "open", "this is a still image (TIFF)"),
     ("webp as mp4", lambda d: picture(d / "a.mp4", "WEBP"), "NotAVideo", "open", "this is a still image (WebP)"),
     ("avif as mp4", lambda d: picture(d / "a.mp4", "AVIF"), "NotAVideo", "open", "this is a still image (avif)"),
+    ("jpeg with a gain map", jpeg_with_gain_map, "NotAVideo", "open", "this is a still image (JPEG)"),
+    ("png that says it moves", png_of_one, "NotAVideo", "open", "this is a still image (PNG)"),
+    ("gif of one picture", lambda d: single_picture(d, "gif", "rgb8", ".gif"), "NotAVideo", "decode", "a still image"),
+    ("text that begins as BMP", lambda d: write(d / "a.mp4", b"BMW " * 50), "NotAVideo", "open", "this is a text file"),
+    ("cut before its index", lambda d: cut(d, -9), "DecodeError", "open", "cut before its index; fetch it again"),
+    ("cut in its index", lambda d: cut(d, 50), "DecodeError", "open", "cut in its index; fetch it again"),
+    ("never finished", lambda d: cut(d, 0), "DecodeError", "open", "no index, as of a recording that was not finished"),
+    ("song with cover in mp4", song_with_cover_mp4, "NotAVideo", "open", "only audio and a cover picture"),
     ("ppm as mp4", lambda d: picture(d / "a.mp4", "PPM"), "NotAVideo", "open", "this is a"),
     ("tga", lambda d: picture(d / "a.tga", "TGA"), "NotAVideo", "open", ""),
     ("jpeg 2000", lambda d: picture(d / "a.jp2", "JPEG2000"), "NotAVideo", "open", "this is a still image"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from assets import (
     x264,
 )
 from av.stream import Disposition
+from PIL import Image as PillowImage
 
 from dfengine import Engine
 from dfengine.sampling import Mode, Policy
@@ -188,3 +190,48 @@ def test_a_display_matrix_counts_as_the_nearest_orientation(
 @pytest.mark.parametrize("name", ["mirrored_by_track_matrix.mp4", "flipped_by_track_matrix.mp4"])
 def test_real_files_with_mirrored_matrices(faults: Path, demo: VideoScore, packaged: Engine, name: str) -> None:
     assert_as(packaged.score(faults / name), demo, TWIN)
+
+
+# -- pictures that move, in formats of stills --------------------------------------------------------------------------
+
+
+def animated(folder: Path, kind: str) -> Path:
+    """The face, moving, in a format of stills, under the name of another."""
+    pictures = [PillowImage.fromarray(moving_face(i, 320, 240)) for i in range(12)]
+    path = folder / "face.mp4"
+    if kind == "MJPEG":
+        stills = [BytesIO() for _ in pictures]
+        for picture, still in zip(pictures, stills, strict=True):
+            picture.save(still, "JPEG", quality=90)
+        path.write_bytes(b"".join(still.getvalue() for still in stills))
+        return path
+    try:
+        pictures[0].save(path, kind, save_all=True, append_images=pictures[1:], duration=40, lossless=True)
+    except (KeyError, OSError) as error:
+        pytest.skip(f"cannot be made here: {error}")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "GIF", "MJPEG", "PNG"])
+def test_pictures_that_move_are_scored_whatever_their_format(engine: Engine, tmp_path: Path, kind: str) -> None:
+    score = engine.score(animated(tmp_path, kind))
+    assert score.status == "ok", score.error
+    assert score.frames_scored == 5
+    assert score.warnings == ()
+
+
+def test_an_animated_webp_is_scored_or_refused_as_what_it_is(engine: Engine, tmp_path: Path) -> None:
+    score = engine.score(animated(tmp_path, "WEBP"))
+    if score.error is None:
+        assert score.frames_scored == 5
+    else:
+        assert score.error.type == "UnsupportedVideo"
+        assert "this is an animated WebP" in score.error.message
+
+
+@pytest.mark.parametrize("name", ["animated.avif", "animated.png", "camera_stream.mjpeg"])
+def test_real_pictures_that_move(faults: Path, packaged: Engine, name: str) -> None:
+    score = packaged.score(faults / name)
+    assert score.status == "ok", score.error
+    assert score.frames_scored > 5
+    assert score.warnings == ()

@@ -9,25 +9,13 @@ from typing import Any
 from dfengine.errors import NotAVideo, SourceNotFound, SourceNotReadable
 from dfengine.stages.decode.cpu import CpuDecoder
 from dfengine.stages.decode.decoder import DecoderPool, PacketDecoder
+from dfengine.stages.decode.first_bytes import other_kind
 from dfengine.stages.decode.video import DEFAULT_MEMORY_BYTES, Video
 from dfengine.types import PathLikeStr
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "DecoderPool", "Video", "open_video"]
 
 STAGE = "open"
-
-# Formats that FFmpeg would take for a one-frame video. First bytes, from the formats' specifications.
-_STILL_IMAGES = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"BM", "BMP"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
-)
-_STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # ISO base media files that hold an image
-
-# Text formats by which FFmpeg would open other files; it passes over bytes in them that no text has.
-_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0")
 
 
 def open_video(path: PathLikeStr, *, threads: int = 1, lane: Any = None, pool: DecoderPool | None = None) -> Video:
@@ -69,29 +57,10 @@ def _check_source(path: PathLikeStr) -> None:
         raise NotAVideo("the file is empty (0 bytes)", path=path, stage=STAGE)
     try:
         with open(path, "rb") as file:
-            head = file.read(1024)
+            kind = other_kind(file)
     except PermissionError:
         raise SourceNotReadable("the file may not be read; check its permissions", path=path, stage=STAGE) from None
     except OSError as error:
         raise SourceNotReadable(f"the file cannot be read ({error})", path=path, stage=STAGE) from None
-    kind = _other_kind(head)
     if kind:
         raise NotAVideo(f"this is {kind}, not a video", path=path, stage=STAGE)
-
-
-def _other_kind(head: bytes) -> str:
-    """What the first bytes say the file is, if that is not a video; "" otherwise."""
-    for magic, name in _STILL_IMAGES:
-        if head.startswith(magic):
-            return f"a still image ({name})"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "a still image (WebP)"
-    if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
-        return f"a still image ({head[8:12].decode('ascii')})"
-    if head.startswith(_PLAYLISTS):
-        return "a playlist"
-    # Text is refused before FFmpeg sees it: playlists (HLS, concat, DASH) would make it open other files.
-    # YUV4MPEG2 is the one video format that begins with text.
-    if not head.startswith(b"YUV4MPEG2") and not any(b < 9 or 13 < b < 32 for b in head):
-        return "a text file"
-    return ""

@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, SourceNotReadable, UnsupportedVideo
 from dfengine.sampling import Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
 from dfengine.stages.decode.decoder import MAX_PIXELS, TIE_SECONDS, CannotDecode, Numbered, PacketDecoder, Packets
+from dfengine.stages.decode.first_bytes import SEQUENCE_BRANDS, STILL_BRANDS, missing_index
 from dfengine.stages.decode.nal import NalFormat
 from dfengine.stages.decode.streams import choose, passed_over, rank
 from dfengine.stages.media import open_media
@@ -57,6 +58,8 @@ _OF_THE_MACHINE = frozenset(
 # Containers whose key-frame flags mean "decoding can start here". Elsewhere the flag comes from a parser that
 # also sets it on recovery points of intra refresh, from which decoding is not exact.
 _TRUSTED_KEYS = ("mov", "matroska")
+
+_IMAGE_FORMATS = ("apng", "gif", "jpeg_pipe", "mjpeg")  # of FFmpeg, that hold one picture as well as many
 
 _ENCRYPTED = "the video is encrypted; score a decrypted copy"
 _ENCRYPTED_TAGS = ("encv", "drmi")  # sample entries of ISO 23001-7 and of FairPlay
@@ -132,19 +135,29 @@ class Video:
                 ) from None
             except av.FFmpegError as error:
                 self._raise_if_of_the_machine(error, "open")
+                if why := missing_index(self.path):
+                    raise DecodeError(why, path=self.path, stage="open") from None
                 raise NotAVideo(
                     f"no video container was recognised ({_text(error)}); dfengine reads what FFmpeg reads",
                     path=self.path,
                     stage="open",
                 ) from None
             form = container.format.name
-            if form in ("image2", "ico", "tty") or form.endswith("_pipe"):
+            if form == "webp_pipe":  # the first bytes say that it moves
+                raise UnsupportedVideo(
+                    "this is an animated WebP, which this FFmpeg cannot decode; convert it to MP4 first",
+                    path=self.path,
+                    stage="open",
+                )
+            if form in ("image2", "ico", "tty") or (form.endswith("_pipe") and form not in _IMAGE_FORMATS):
                 raise NotAVideo(
                     f"this is a still image or text (FFmpeg format '{form}'), not a video",
                     path=self.path,
                     stage="open",
                 )
             ranked = rank(container)
+            if not container.streams and (why := missing_index(self.path)):
+                raise DecodeError(why, path=self.path, stage="open")
             if not ranked:
                 kinds = sorted({str(s.type) for s in container.streams if s.type != "video"})
                 found = [", ".join(kinds)] * bool(kinds) + ["a cover picture"] * bool(container.streams.video)
@@ -270,6 +283,8 @@ class Video:
             self._open_again()
             self._check_stream()
             read = self._read()
+        if len(read.seconds) == 1 and _holds_stills(self._container):
+            raise NotAVideo("there is a single picture in it: this is a still image", path=self.path, stage=STAGE)
         warnings, timed, last_end = list(read.warnings), read.timed, read.last_end
         times = np.array(read.seconds, np.float64)
         rate = float(self._stream.average_rate or self._stream.base_rate or 25)
@@ -398,6 +413,12 @@ class Video:
             yield segment.wanted, self._decoder.decode(taken, segment, wanted[segment.wanted])
         if self._decoder.damaged:
             self.warnings.append(f"{self._decoder.damaged} packets or frames were damaged")
+
+
+def _holds_stills(container: InputContainer) -> bool:
+    """Whether files of this kind are images as a rule."""
+    brand = container.metadata.get("major_brand", "").strip()
+    return container.format.name in _IMAGE_FORMATS or brand in (*STILL_BRANDS, *SEQUENCE_BRANDS)
 
 
 def _take(
