@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -30,6 +31,9 @@ _MIN_PART_ROWS = 4
 
 @cache
 def _core() -> Any:
+    # openvino tells an analytics host that it was imported, and keeps an id in the user's home, unless its package for
+    # that cannot be imported.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     return openvino.Core()
