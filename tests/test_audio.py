@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -10,7 +14,9 @@ import pytest
 from assets import FACE, NOBODY, write_clip
 
 from dfengine.bundle import AudioSettings
+from dfengine.errors import SourceNotReadable
 from dfengine.stages.audio import decode_mono, load_log_mel, log_mel, mel_filters
+from dfengine.stages.media import open_media
 
 SETTINGS = AudioSettings(seconds=0.5)
 
@@ -111,3 +117,36 @@ def test_what_cannot_be_decoded_says_so(tmp_path: Path) -> None:
     path.write_text("no media")
     assert "the sound cannot be decoded (" in (load_log_mel(path, SETTINGS).missing or "")
     assert "the sound cannot be decoded (" in (load_log_mel(tmp_path / "gone.mp4", SETTINGS).missing or "")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("when", ["open", "first", "later"])
+def test_a_fault_of_the_machine_is_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, when: str
+) -> None:
+    """As while pictures are decoded: the file may be good, and is to be scored again."""
+    path = write_wav(tmp_path / "a.wav", tone(440, 1, 16000)[None], 16000)
+
+    def fail(*args: object) -> None:
+        raise av.error.FFmpegError(number, os.strerror(number))
+
+    class Failing:
+        def __init__(self, container: av.container.InputContainer) -> None:
+            self.streams, self._container = container.streams, container
+
+        def decode(self, stream: object) -> Iterator[av.AudioFrame]:
+            if when == "later":
+                yield next(self._container.decode(stream))
+            fail()
+
+    @contextmanager
+    def open_failing(path: Path) -> Iterator[Failing]:
+        with open_media(path) as container:
+            yield Failing(container)
+
+    monkeypatch.setattr("dfengine.stages.audio.open_media", fail if when == "open" else open_failing)
+    with pytest.raises(
+        SourceNotReadable, match=r"the file cannot be read \(.*\); score it again when it can"
+    ) as caught:
+        load_log_mel(path, SETTINGS)
+    assert caught.value.stage == "audio"

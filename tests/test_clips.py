@@ -6,10 +6,13 @@ logit = sum over t of gains[t] * mean(crop t) + 10 * mean(log-mel): it tells whi
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from assets import FACE, TWO_FACES, with_sound, write_clip
@@ -20,6 +23,7 @@ from dfengine import Engine
 from dfengine.bundle import AudioSettings, Bundle, ModelSpec, to_json
 from dfengine.stages.audio import load_log_mel
 from dfengine.stages.backbone import Backbone, clip_rows
+from dfengine.stages.decode import Video
 from dfengine.types import Crops, Tracks
 
 HW = (6, 5)
@@ -179,6 +183,26 @@ def test_the_engine_hears(tmp_path: Path) -> None:
     (track,) = a.tracks
     assert len({f.p_fake for f in track.frames}) == 2, "six frames are two clips of four"
     assert track.frames[0].p_fake == track.frames[3].p_fake != track.frames[4].p_fake == track.frames[5].p_fake
+
+
+def test_a_fault_of_the_machine_while_listening_is_a_row_and_the_video_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Video] = []
+    close = Video.close
+    monkeypatch.setattr(Video, "close", lambda self: closed.append(self) or close(self))
+
+    def fail(*args: object) -> None:
+        raise av.error.FFmpegError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("dfengine.stages.audio.open_media", fail)
+    with Engine(make_bundle(tmp_path / "bundle", HEARS)) as engine:
+        score = engine.score(write_clip(FACE, tmp_path))
+    assert score.error is not None
+    assert (score.error.type, score.error.stage) == ("SourceNotReadable", "audio")
+    assert score.error.message == "the file cannot be read (Too many open files); score it again when it can"
+    assert (score.decoder, score.p_fake) == ("pyav", None)
+    assert len(closed) == 1
 
 
 def test_a_plan_may_leave_members_out(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from dfengine.bundle import AudioSettings
 from dfengine.errors import first_line
-from dfengine.stages.media import open_media
+from dfengine.stages.media import may_pass, open_media, raise_if_it_may_pass
 from dfengine.types import F32, F64, PathLikeStr
+
+STAGE = "audio"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +32,14 @@ class Sound:
 
 
 def load_log_mel(path: PathLikeStr, settings: AudioSettings) -> Sound:
-    """The log-mel of the first ``settings.seconds`` of a video's sound. Nothing is raised for what is in the file."""
+    """The log-mel of the first ``settings.seconds`` of a video's sound. Nothing is raised for what is in the file.
+
+    Raises SourceNotReadable where the file cannot be read now, as decoding does.
+    """
     try:
         samples = decode_mono(path, settings.sample_rate, int(settings.seconds * settings.sample_rate))
     except (av.FFmpegError, ValueError, OSError) as error:
+        raise_if_it_may_pass(error, path, STAGE)
         return _missing(f"the sound cannot be decoded ({first_line(error)})", settings)
     if len(samples) == 0:
         return _missing("there is no sound track, or nothing in it", settings)
@@ -43,7 +49,8 @@ def load_log_mel(path: PathLikeStr, settings: AudioSettings) -> Sound:
 def decode_mono(path: PathLikeStr, sample_rate: int, limit: int) -> F32:
     """At most ``limit`` samples of the first sound track, (N,), the mean of its channels; none if there is no track.
 
-    Full scale is 1. Raises av.FFmpegError if nothing could be decoded; damage further behind ends the sound there.
+    Full scale is 1. Raises av.FFmpegError, ValueError or OSError if nothing could be decoded, or where the file cannot
+    be read now; damage further behind ends the sound there.
     """
     blocks: list[F32] = []
     count = 0
@@ -60,8 +67,8 @@ def decode_mono(path: PathLikeStr, sample_rate: int, limit: int) -> F32:
                 if count >= limit:
                     break
             blocks += [block.to_ndarray().mean(axis=0) for block in resampler.resample(None)]
-        except (av.FFmpegError, ValueError):  # ValueError: the layout or the rate changes on the way
-            if count == 0:
+        except (av.FFmpegError, ValueError) as error:  # ValueError: the layout or the rate changes on the way
+            if count == 0 or may_pass(error):
                 raise
     samples = np.concatenate([np.zeros(0, np.float32), *blocks])[:limit].astype(np.float32)
     return np.nan_to_num(samples, posinf=1.0, neginf=-1.0).astype(np.float32)  # float codecs may hold anything

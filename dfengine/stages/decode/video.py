@@ -5,7 +5,6 @@ Decoding itself is a PacketDecoder's: on the CPU (cpu.py) or by NVDEC (nvdec.py)
 
 from __future__ import annotations
 
-import errno
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -19,13 +18,13 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, SourceNotReadable, UnsupportedVideo
+from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, UnsupportedVideo
 from dfengine.sampling import Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
 from dfengine.stages.decode.decoder import MAX_PIXELS, TIE_SECONDS, CannotDecode, Numbered, PacketDecoder, Packets
 from dfengine.stages.decode.first_bytes import SEQUENCE_BRANDS, STILL_BRANDS, missing_index
 from dfengine.stages.decode.nal import NalFormat
 from dfengine.stages.decode.streams import choose, passed_over, rank
-from dfengine.stages.media import open_media
+from dfengine.stages.media import open_media, raise_if_it_may_pass, reason
 from dfengine.types import F64, Frames, Image, PathLikeStr
 
 STAGE = "decode"
@@ -50,10 +49,6 @@ RESTART_SECONDS = 0.3
 # A warning tells of longer times without a frame. Chosen: slides stand for a minute, a clock that jumps leaves more.
 LONG_GAP_SECONDS = 60.0
 
-# What went wrong is no fault of the file: the disk, the network it lies on, memory, too many open files, permissions.
-_OF_THE_MACHINE = frozenset(
-    {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM}
-)
 
 # Containers whose key-frame flags mean "decoding can start here". Elsewhere the flag comes from a parser that
 # also sets it on recovery points of intra refresh, from which decoding is not exact.
@@ -133,12 +128,12 @@ class Video:
                 raise SourceNotFound(
                     "the file was there and is gone; score it again from where it is now", path=self.path, stage="open"
                 ) from None
-            except av.FFmpegError as error:
-                self._raise_if_of_the_machine(error, "open")
+            except (av.FFmpegError, OSError) as error:  # OSError: where the name is none for FFmpeg
+                raise_if_it_may_pass(error, self.path, "open")
                 if why := missing_index(self.path):
                     raise DecodeError(why, path=self.path, stage="open") from None
                 raise NotAVideo(
-                    f"no video container was recognised ({_text(error)}); dfengine reads what FFmpeg reads",
+                    f"no video container was recognised ({reason(error)}); dfengine reads what FFmpeg reads",
                     path=self.path,
                     stage="open",
                 ) from None
@@ -249,16 +244,9 @@ class Video:
             yield flush(is_last=True)
         self._judge(found, len(wanted))
 
-    def _raise_if_of_the_machine(self, error: av.FFmpegError, stage: str) -> None:
-        """The file may be good all the same: another time it can be read."""
-        if error.errno in _OF_THE_MACHINE:
-            raise SourceNotReadable(
-                f"the file cannot be read ({_text(error)}); score it again when it can", path=self.path, stage=stage
-            ) from None
-
     def _note_read_error(self, error: av.FFmpegError) -> None:
-        self._raise_if_of_the_machine(error, STAGE)
-        self.warnings.append(f"reading stopped early ({_text(error)})")
+        raise_if_it_may_pass(error, self.path, STAGE)
+        self.warnings.append(f"reading stopped early ({reason(error)})")
 
     def _judge(self, found: int, wanted: int) -> None:
         if found == wanted:
@@ -349,8 +337,8 @@ class Video:
                 for decoder in self._decoders:
                     decoder.examine(packet)
         except av.FFmpegError as error:
-            self._raise_if_of_the_machine(error, STAGE)
-            read.warnings.append(f"reading stopped after {len(read.seconds)} video packets ({_text(error)})")
+            raise_if_it_may_pass(error, self.path, STAGE)
+            read.warnings.append(f"reading stopped after {len(read.seconds)} video packets ({reason(error)})")
         return read
 
     def _missing_seconds(self, last_end: float) -> float:
@@ -432,7 +420,3 @@ def _take(
                 return
     except av.FFmpegError as error:
         on_error(error)
-
-
-def _text(error: av.FFmpegError) -> str:
-    return str(error.strerror or error)
