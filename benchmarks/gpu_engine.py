@@ -27,7 +27,7 @@ from benchmarks.harness import save
 from dfengine import Bundle, Engine
 from dfengine.devices import resolve_device
 from dfengine.errors import DeviceError
-from dfengine.sampling import Policy, parse_mode
+from dfengine.sampling import Sampling, parse_mode
 from dfengine.stages.decode import open_video
 from dfengine.types import Frames, VideoScore
 
@@ -48,7 +48,7 @@ class Kept:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def frames(self, policy: Policy, mode: str, **limits: int) -> Iterator[Frames]:
+    def frames(self, sampling: Sampling, **limits: int) -> Iterator[Frames]:
         yield from self._frames
 
 
@@ -64,11 +64,11 @@ def measure(work: Callable[[list[Path]], Iterable[object]], clips: list[Path], r
 
 
 def decode_alone(engine: Engine, mode: str) -> Callable[[list[Path]], Iterable[int]]:
-    policy = Policy.parse(engine.plan.sampling)
+    sampling = Sampling(engine.plan.sampling.policy, parse_mode(mode))
 
     def decode(path: Path) -> int:
         with engine._shared.device.lane() as lane, open_video(path, lane=lane, pool=engine._shared.decoders) as video:
-            count = sum(len(frames) for frames in video.frames(policy, parse_mode(mode)))
+            count = sum(len(frames) for frames in video.frames(sampling))
             lane.synchronize()
             return count
 
@@ -79,12 +79,12 @@ def decode_alone(engine: Engine, mode: str) -> Callable[[list[Path]], Iterable[i
 @contextmanager
 def decoded_before(engine: Engine, clips: list[Path], mode: str) -> Iterator[None]:
     """Inside it the engine finds the frames of the clips decoded."""
-    policy = Policy.parse(engine.plan.sampling)
+    sampling = Sampling(engine.plan.sampling.policy, parse_mode(mode))
     with engine._shared.device.lane() as lane:
         kept = {}
         for path in clips:
             with open_video(path, lane=lane, pool=engine._shared.decoders) as video:
-                frames = list(video.frames(policy, parse_mode(mode)))
+                frames = list(video.frames(sampling))
                 kept[path] = Kept(video.name, frames, video.frames_decoded)
         lane.synchronize()
         with mock.patch("dfengine.scoring.open_video", lambda path, **options: kept[path]):

@@ -26,6 +26,7 @@ from benchmarks.nets import make_bundle
 from dfengine import Bundle, Engine
 from dfengine.jobs.deadline import parse_duration
 from dfengine.jobs.inputs import VIDEO_SUFFIXES
+from dfengine.sampling import Sampling
 from dfengine.types import Plan
 
 FRAMES = (8, 17, 30)
@@ -97,7 +98,9 @@ def main() -> None:
             *((name, ensemble, members) for name, members in SETS.items()),
         ):
             chosen = tuple(members or (m.name for m in bundle.members))
-            plans = {f"{mode} {frames}": Plan(f"uniform:{frames}", mode, chosen) for frames, mode in columns}
+            plans = {
+                f"{mode} {frames}": Plan(Sampling.parse(f"uniform:{frames}", mode), chosen) for frames, mode in columns
+            }
             cells = {k: project(s, args.count, cores) for k, s in measure(bundle, videos, plans, cores).items()}
             for cell in cells.values():
                 cell["fits"] = cell["hours_high"] <= limit_hours

@@ -20,7 +20,7 @@ from benchmarks.harness import save
 from dfengine.errors import DeviceError
 from dfengine.gpu.lanes import Gpu
 from dfengine.gpu.nvdec import NvdecPool
-from dfengine.sampling import Mode, Policy
+from dfengine.sampling import Mode, Policy, Sampling
 from dfengine.stages.decode import open_video
 
 POLICY = Policy.parse("uniform:17")
@@ -44,11 +44,11 @@ def differs_from_cpu(gpu: Gpu, pool: NvdecPool, path: Path, mode: Mode) -> str:
     """Why a video is left out: NVDEC does not take it, or gives other planes. "" if it is taken."""
     lane = gpu.lane()
     with open_video(path, lane=lane, pool=pool) as video:
-        got = [image for frames in video.frames(POLICY, mode) for image in frames.images]
+        got = [image for frames in video.frames(Sampling(POLICY, mode)) for image in frames.images]
     if video.fallback_reason:
         return video.fallback_reason
     with open_video(path) as on_cpu:
-        expected = [image for frames in on_cpu.frames(POLICY, mode) for image in frames.images]
+        expected = [image for frames in on_cpu.frames(Sampling(POLICY, mode)) for image in frames.images]
     with lane:
         for a, b in zip(got, expected, strict=True):
             shift = a.bit_depth - b.bit_depth
@@ -82,7 +82,7 @@ def measure(gpu: Gpu, videos: list[Path], mode: Mode, sessions: int, seconds: fl
 
     def decode(path: Path, lane: Any) -> int:
         with open_video(path, lane=lane, pool=pool) as video:
-            for _ in video.frames(POLICY, mode):
+            for _ in video.frames(Sampling(POLICY, mode)):
                 pass
         if video.fallback_reason:
             raise RuntimeError(f"{path.name}: {video.fallback_reason}")

@@ -16,20 +16,18 @@ from benchmarks.harness import save, time_calls
 from benchmarks.nets import NETS, make_bundle
 from dfengine import Bundle
 from dfengine.runtime import CpuDevice
-from dfengine.sampling import Policy
+from dfengine.sampling import Sampling
 from dfengine.stages.crop import crop_tracks
 from dfengine.stages.decode import open_video
 from dfengine.stages.detect import Detector
 from dfengine.stages.people import People
 from dfengine.types import Frames
 
-POLICY = Policy.parse("uniform:17")
-
 
 def decode(clip: Path, mode: str) -> tuple[Frames, int]:
     """All sampled frames, and how many were decoded for them."""
     with open_video(clip) as video:
-        (frames,) = video.frames(POLICY, mode, memory_bytes=1 << 40)  # type: ignore[arg-type]
+        (frames,) = video.frames(Sampling.parse("uniform:17", mode), memory_bytes=1 << 40)
         return frames, video.frames_decoded
 
 

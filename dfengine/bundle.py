@@ -10,20 +10,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from dfengine.errors import BundleError, BundleNotFound
+from dfengine.sampling import Mode, Policy
+from dfengine.settings import from_plain, to_plain
 from dfengine.types import PathLikeStr
 
 SCHEMA_VERSION = 1
 PACKAGED = Path(__file__).parent / "bundles"
 
-T = TypeVar("T")
 Precision = Literal["fp32", "bf16"]
 
 
@@ -154,15 +153,15 @@ class Bundle:
     members: tuple[ModelSpec, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     experimental: bool = False
-    sampling: str = "uniform:17"
-    sampling_mode: Literal["exact", "reference", "keyframe"] = "reference"
+    sampling: Policy = Policy("uniform", 17)
+    sampling_mode: Mode = "reference"
     detector: DetectorSettings = DetectorSettings()
     tracking: TrackingSettings = TrackingSettings()
     aggregation: Aggregation = Aggregation()
     calibration: Calibration = Calibration()
-    folder: Path = field(default=Path(), metadata={"json": False})
+    folder: Path = field(default=Path(), metadata={"stored": False})
     # sha256 of the bytes of bundle.json, which hold the hashes of all networks; "" if not loaded from a folder.
-    digest: str = field(default="", compare=False, metadata={"json": False})
+    digest: str = field(default="", compare=False, metadata={"stored": False})
 
     @classmethod
     def load(cls, bundle: PathLikeStr | Bundle) -> Bundle:
@@ -275,20 +274,7 @@ class Bundle:
 
 def to_json(bundle: Bundle, *, defaults: bool = True) -> str:
     """The text of a bundle.json that loads as ``bundle``; ``defaults=False`` leaves out what has its default value."""
-
-    def default(f: dataclasses.Field[Any]) -> Any:
-        return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            fields = [f for f in dataclasses.fields(value) if f.metadata.get("json", True)]
-            items = {f.name: (getattr(value, f.name), f) for f in fields}
-            return {name: plain(v) for name, (v, f) in items.items() if defaults or v != default(f)}
-        if isinstance(value, tuple):
-            return [plain(v) for v in value]
-        return value
-
-    return json.dumps(plain(bundle), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(to_plain(bundle, defaults=defaults), indent=2, ensure_ascii=False) + "\n"
 
 
 def _find(bundle: PathLikeStr) -> Path:
@@ -304,52 +290,3 @@ def _find(bundle: PathLikeStr) -> Path:
             stage="bundle",
         )
     return folder
-
-
-def from_plain(cls: type[T], data: Any, where: str = "") -> T:
-    """A dataclass from what a JSON or TOML file holds; defaults fill what it leaves out.
-
-    Raises TypeError or ValueError, naming the key, for unknown and missing keys and wrong types.
-    """
-    if not isinstance(data, dict):
-        raise TypeError(f"{where or 'the top level'} must be an object, got {type(data).__name__}")
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("json", True)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(known))
-    if unknown:
-        raise ValueError(f"unknown key {where}{unknown[0]!r}; known are {', '.join(sorted(known))}")
-    for name, f in known.items():
-        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{where}{name} is missing")
-    return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, where + ".")
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}")
-        return value
-    if origin is UnionType:
-        fits = [h for h in args if type(value) is h or (h is float and type(value) is int)]
-        if not fits:
-            raise TypeError(f"{where} must be {' or '.join(h.__name__ for h in args)}, got {value!r}")
-        return _convert(fits[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
-            raise TypeError(f"{where} must be a list of {len(args)}, got {value!r}")
-        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            raise TypeError(f"{where} must be an object, got {value!r}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise TypeError(f"{where} must be {hint.__name__}, got {value!r}")
-    if hint is float and not math.isfinite(value):  # json reads NaN and Infinity
-        raise ValueError(f"{where} must be finite, got {value}")
-    return value

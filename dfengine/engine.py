@@ -11,7 +11,7 @@ from dfengine.devices import open_decoders, open_device
 from dfengine.errors import OptionError
 from dfengine.machine import default_workers, usable_cores
 from dfengine.runtime import Device
-from dfengine.sampling import Policy, parse_mode
+from dfengine.sampling import Policy, Sampling, parse_mode
 from dfengine.scoring import Scoring, Shared
 from dfengine.stages.backbone import Backbone
 from dfengine.stages.decode import DEFAULT_MEMORY_BYTES
@@ -148,11 +148,9 @@ class Engine:
 
 def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | None = None) -> Plan:
     """What is asked for: the bundle's own sampling where nothing is given, and all members. Raises OptionError."""
-    return Plan(
-        sampling=str(Policy.parse(str(frames if frames is not None else bundle.sampling))),
-        mode=parse_mode(mode) if mode is not None else bundle.sampling_mode,
-        members=tuple(m.name for m in bundle.members),
-    )
+    policy = Policy.parse(str(frames)) if frames is not None else bundle.sampling
+    sampling = Sampling(policy, parse_mode(mode) if mode is not None else bundle.sampling_mode)
+    return Plan(sampling, members=tuple(m.name for m in bundle.members))
 
 
 def _take_done(pending: list[Future[VideoScore]], ordered: bool) -> list[VideoScore]:

@@ -120,6 +120,22 @@ class Policy:
         return wanted[: self.limit]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames are scored: a policy that says the times, and the mode that says which frame stands for each."""
+
+    policy: Policy
+    mode: Mode = "reference"
+
+    @classmethod
+    def parse(cls, text: str, mode: str = "reference") -> Sampling:
+        """From the texts that people write, both as this module describes them. Raises OptionError."""
+        return cls(Policy.parse(text), parse_mode(mode))
+
+    def __str__(self) -> str:
+        return f"{self.policy}, {self.mode}"
+
+
 def nearest(sorted_values: F64, wanted: F64) -> I64:
     """Index of the value nearest to each wanted one; a tie goes to the earlier. ``sorted_values`` is not empty."""
     right = np.clip(np.searchsorted(sorted_values, wanted), 0, len(sorted_values) - 1)

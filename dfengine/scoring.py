@@ -13,7 +13,6 @@ import numpy as np
 from dfengine.bundle import Bundle, ModelSpec
 from dfengine.errors import DfengineError, display_path
 from dfengine.runtime import Device
-from dfengine.sampling import Policy, parse_mode
 from dfengine.stages.aggregate import Verdict, judge
 from dfengine.stages.audio import Sound, load_log_mel
 from dfengine.stages.backbone import Backbone, Clips
@@ -105,8 +104,8 @@ class Scoring:
         self._watch = Watch(on_stage)
         self._draft = Draft(
             path=display_path(path),
-            sampling=plan.sampling,
-            mode=plan.mode,
+            sampling=str(plan.sampling.policy),
+            mode=plan.sampling.mode,
             bundle=shared.bundle.name,
             bundle_digest=shared.bundle.digest,
             device=shared.device.name,
@@ -135,7 +134,7 @@ class Scoring:
         with self._open(lane) as video:
             sounds = self._listen()
             clips = shared.backbone.clips({n: s.log_mel for n, s in sounds.items()}, only=self._plan.members)
-            mode, watch = parse_mode(self._plan.mode), self._watch
+            mode, watch = self._plan.sampling.mode, self._watch
             people = People(shared.detector, shared.bundle.tracking, mode, threads=self._threads, watch=watch)
             logits = [self._classify(frames, rows, clips) for frames, rows in people.each(self._decode(video))]
             without_sound = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing)
@@ -165,8 +164,7 @@ class Scoring:
         return sounds
 
     def _decode(self, video: Video) -> Iterator[Frames]:
-        policy, mode = Policy.parse(self._plan.sampling), parse_mode(self._plan.mode)
-        return self._watch.each("decode", video.frames(policy, mode, memory_bytes=self._shared.memory_bytes))
+        return self._watch.each("decode", video.frames(self._plan.sampling, memory_bytes=self._shared.memory_bytes))
 
     def _classify(self, frames: Frames, rows: Tracks, clips: Clips) -> dict[str, F64]:
         """The logits of the frame members, (R,) by name; the clip members take their rows into ``clips``."""

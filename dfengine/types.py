@@ -10,10 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from dfengine.sampling import Sampling
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -209,12 +212,10 @@ class Crops:
 class Plan:
     """How much work one video gets: what may differ from video to video in one run.
 
-    ``sampling``: the text of a policy; ``mode``: which frame stands for a wanted time (both: dfengine.sampling).
     ``members``: names of the bundle's members that run, at least one; the blend is over these alone.
     """
 
-    sampling: str
-    mode: str
+    sampling: Sampling
     members: tuple[str, ...]
 
 
@@ -253,11 +254,11 @@ class VideoScore:
 
     ``p_fake`` is the probability that a face in the video was manipulated, in [0, 1]; it is None unless ``status``
     is "ok". "Could not tell" is a status, never 0.5. ``logit`` is log(p / (1 - p)) of the calibrated score.
-    ``timings`` are wall-clock seconds by stage. ``sampling``, ``mode`` and the keys of ``members`` say what was spent
-    on it; ``bundle_digest`` is that of the Bundle. ``runtime`` is what ran the networks, with the reason where it was
-    not the first choice; ``fallback_reason`` says why a video was decoded on the CPU although there is a GPU.
-    ``request`` is set in batches only: a hash of the file's path, size and time of change and of what was asked for; a
-    resumed run skips rows with the same one.
+    ``timings`` are wall-clock seconds by stage. ``sampling`` (the text of a policy), ``mode`` and the keys of
+    ``members`` say what was spent on it; ``bundle_digest`` is that of the Bundle. ``runtime`` is what ran the networks,
+    with the reason where it was not the first choice; ``fallback_reason`` says why a video was decoded on the CPU
+    although there is a GPU. ``request`` is set in batches only: a hash of the file's path, size and time of change and
+    of what was asked for; a resumed run skips rows with the same one.
     """
 
     path: str

@@ -24,6 +24,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, ModelSpec, to_json
+from dfengine.sampling import Policy
 from dfengine.stages.media import READ_ALL_TITLES
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
@@ -294,6 +295,8 @@ def write_bundle(folder: Path, **changes: object) -> Path:
         std=(0.25, 0.25, 0.25),
     )
     fields = {"schema_version": 1, "name": "development", "licence": "none", "members": (member,)} | changes
+    if isinstance(fields.get("sampling"), str):
+        fields["sampling"] = Policy.parse(fields["sampling"])
     (folder / "bundle.json").write_text(to_json(Bundle(**fields)), encoding="utf-8")
     return folder
 
@@ -471,13 +474,13 @@ _MEASURED = """
 import resource, sys
 from dfengine.stages.decode import open_video
 from dfengine.errors import InputError
-from dfengine.sampling import Policy
+from dfengine.sampling import Sampling
 def peak_kib(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak_kib()
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 try:
     with open_video(sys.argv[1]) as video:
-        list(video.frames(Policy.parse("uniform:5"), "exact"))
+        list(video.frames(Sampling.parse("uniform:5", "exact")))
 except InputError as error:
     print(type(error).__name__, error.message)
 print("KiB", peak_kib() - before)

@@ -45,12 +45,13 @@ def make(bundle: Bundle, device: str, threads: int) -> Callable[[str, Plan, Call
             os.kill(os.getpid(), getattr(signal, kind))
             time.sleep(10)
         elif kind.endswith("s"):
-            time.sleep(float(kind[:-1]) * RELATIVE[plan.sampling] * (1 if plan.mode == "reference" else 0.7))
+            relative = RELATIVE[str(plan.sampling.policy)] * (1 if plan.sampling.mode == "reference" else 0.7)
+            time.sleep(float(kind[:-1]) * relative)
         elif kind == "warn":
             logging.getLogger("dfengine").warning("said in the worker, with threads=%d", threads)
         on_stage("")
         _log(f"end {name}")
-        spent = {"sampling": plan.sampling, "mode": plan.mode, "bundle": bundle.name, "device": f"{device}*{threads}"}
+        spent = {**spent_on(plan), "bundle": bundle.name, "device": f"{device}*{threads}"}
         if kind == "error":
             return VideoScore(path, "error", error=ErrorInfo("DecodeError", "decode", "damaged"), **spent)
         if kind == "no_face":
@@ -75,6 +76,10 @@ def dies_at_start_but_once(bundle: Bundle, device: str, threads: int) -> object:
     except FileExistsError:
         os.kill(os.getpid(), signal.SIGKILL)
     return make(bundle, device, threads)
+
+
+def spent_on(plan: Plan) -> dict[str, str]:
+    return {"sampling": str(plan.sampling.policy), "mode": plan.sampling.mode}
 
 
 def _log(text: str) -> None:

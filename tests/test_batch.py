@@ -26,6 +26,7 @@ from dfengine.jobs.run import Batch
 from dfengine.jobs.wire import Setup, Task
 from dfengine.jobs.worker import Died, Process, Scored
 from dfengine.machine import usable_cores
+from dfengine.sampling import Sampling
 from dfengine.types import Plan, VideoScore
 
 
@@ -233,7 +234,7 @@ def test_a_result_that_was_sent_is_kept_when_its_worker_dies(bundle: Bundle, fak
     process = Process(Setup(bundle, "cpu", 1, fake_scorers.make))
     try:
         wait_until(lambda: bool(process.receive()))
-        process.workers[0].give(Task(path, Plan("uniform:8", "reference", ("mean",)), 60))
+        process.workers[0].give(Task(path, Plan(Sampling.parse("uniform:8"), ("mean",)), 60))
         with socket.socket(fileno=os.dup(process.fileno())) as arrived:
             wait_until(lambda: b"VideoScore" in arrived.recv(1 << 16, socket.MSG_PEEK))
         os.kill(process.pid, signal.SIGKILL)

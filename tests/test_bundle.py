@@ -26,6 +26,7 @@ from dfengine.bundle import (
 )
 from dfengine.errors import BundleError, BundleNotFound, InferenceError
 from dfengine.runtime import CpuDevice
+from dfengine.sampling import Policy
 
 WEIGHTS = b"stands for an ONNX file: loading a bundle does not parse it"
 PACKAGED_NAMES = sorted(p.parent.name for p in PACKAGED.glob("*/bundle.json"))
@@ -81,6 +82,7 @@ def test_everything_a_bundle_can_say(tmp_path):
     )  # fmt: skip
     (tmp_path / "sub").mkdir()
     bundle = Bundle.load(write(tmp_path, data, ["a.onnx", "sub/b.onnx"]))
+    assert (bundle.sampling, bundle.sampling_mode) == (Policy("uniform", 5), "exact")
     assert bundle.members[0].std == (1.0, 2.0, 3.0)
     assert type(bundle.members[0].weight) is float
     assert bundle.detector.thresholds == (0.5, 0.6, 0.7)
@@ -146,6 +148,7 @@ FULL = Bundle(
     licence="MIT",
     members=(ModelSpec(**member() | {"input_hw": (8, 6), "mean": (0.5, 0.25, 0.0), "margin_ratio": 0.3}),),
     provenance={"command": "python", "seeds": [1, 2]},
+    sampling=Policy("every", 6, 17, 2.5),
     sampling_mode="exact",
     calibration=Calibration(temperature=1.5, bias=0.1),
 )
@@ -274,6 +277,9 @@ def with_member(**change):
         (minimal(calibration={"temperature": -2}), "calibration.temperature is -2.0"),
         (minimal(calibration={"temperature": float("nan")}), "temperature"),
         (minimal(calibration={"bias": float("inf")}), "bias"),
+        (minimal(sampling="uniform:lots"), "bundle.json: sampling: sampling policy 'uniform:lots' is not understood"),
+        (minimal(sampling=17), "sampling must be str, got 17"),
+        (minimal(sampling_mode="fast"), "sampling_mode must be one of exact, reference, keyframe; got 'fast'"),
         # These would make the detector and the tracker go on for ever.
         (minimal(detector={"pyramid_factor": 1.0}), "pyramid_factor"),
         (minimal(detector={"stride": 0}), "detector.stride is 0; 1 is every frame"),

@@ -21,6 +21,7 @@ from fake_gpu import FakeGpuDevice, crop_resize_cuda
 
 from dfengine import Engine
 from dfengine.bundle import AudioSettings, Bundle, ModelSpec, to_json
+from dfengine.sampling import Policy
 from dfengine.stages.audio import load_log_mel
 from dfengine.stages.backbone import Backbone, clip_rows
 from dfengine.stages.decode import Video
@@ -169,7 +170,8 @@ def test_the_engine_hears(tmp_path: Path) -> None:
     loud = 0.5 * np.sin(np.arange(24000) * 0.3)
     heard = with_sound(write_clip(FACE, tmp_path), loud, tmp_path / "loud.mkv")
     silent = write_clip(TWO_FACES, tmp_path)
-    bundle = make_bundle(tmp_path / "b", HEARS, HEARS | {"kind": "clip"}, sampling="uniform:6", sampling_mode="exact")
+    exact = {"sampling": Policy("uniform", 6), "sampling_mode": "exact"}
+    bundle = make_bundle(tmp_path / "b", HEARS, HEARS | {"kind": "clip"}, **exact)
     with Engine(bundle, workers=1) as engine:
         a, b = engine.score(heard), engine.score(silent)
     assert (a.status, a.warnings) == ("ok", ())
@@ -206,7 +208,7 @@ def test_a_fault_of_the_machine_while_listening_is_a_row_and_the_video_is_closed
 
 
 def test_a_plan_may_leave_members_out(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "b", HEARS, HEARS | {"kind": "clip"}, sampling="uniform:4")
+    bundle = make_bundle(tmp_path / "b", HEARS, HEARS | {"kind": "clip"}, sampling=Policy("uniform", 4))
     path = write_clip(TWO_FACES, tmp_path)
     with Engine(bundle, workers=1) as engine:
         score = engine.score(path, plan=dataclasses.replace(engine.plan, members=("m1",)))
@@ -215,7 +217,8 @@ def test_a_plan_may_leave_members_out(tmp_path: Path) -> None:
 
 
 def test_chunks_of_a_video_do_not_move_the_score(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "b", HEARS | {"kind": "clip"}, sampling="uniform:13", sampling_mode="exact")
+    exact = {"sampling": Policy("uniform", 13), "sampling_mode": "exact"}
+    bundle = make_bundle(tmp_path / "b", HEARS | {"kind": "clip"}, **exact)
     path = write_clip(FACE, tmp_path)
     with Engine(bundle, workers=1) as whole, Engine(bundle, workers=1, memory_bytes=3 * 320 * 240 * 3 // 2) as parts:
         a, b = whole.score(path), parts.score(path)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dfengine.bundle import Bundle
 from dfengine.errors import OptionError
 from dfengine.jobs.deadline import RESERVE_MIN_SECONDS, Deadline, ladder, parse_duration
+from dfengine.sampling import Sampling
 from dfengine.types import Plan
 
 COSTS = (1.0, 0.8, 0.56, 0.42, 0.38, 0.17)
@@ -61,9 +62,9 @@ def ensemble(tmp_path: Path, bundle: Bundle) -> Bundle:
 
 
 def test_the_ladder_in_full(ensemble: Bundle) -> None:
-    asked = Plan("uniform:16", "exact", ("a", "b", "c", "d", "e"))
+    asked = Plan(Sampling.parse("uniform:16", "exact"), ("a", "b", "c", "d", "e"))
     steps = ladder(asked, ensemble)
-    assert [(s.name, s.plan.sampling, "".join(s.plan.members)) for s in steps] == [
+    assert [(s.name, str(s.plan.sampling.policy), "".join(s.plan.members)) for s in steps] == [
         ("as asked", "uniform:16", "abcde"),
         ("reference frames", "uniform:16", "abcde"),
         ("key frames", "uniform:16", "abcde"),
@@ -74,7 +75,7 @@ def test_the_ladder_in_full(ensemble: Bundle) -> None:
         ("one frame", "uniform:1", "b"),
     ]
     assert steps[0].plan == asked
-    assert [s.plan.mode for s in steps] == ["exact", "reference"] + ["keyframe"] * 6
+    assert [s.plan.sampling.mode for s in steps] == ["exact", "reference"] + ["keyframe"] * 6
     assert all(a.cost > b.cost > 0 for a, b in itertools.pairwise(steps))
 
 
@@ -93,8 +94,8 @@ def test_the_ladder_in_full(ensemble: Bundle) -> None:
     ],
 )
 def test_steps_that_change_nothing_are_left_out(bundle: Bundle, sampling: str, samplings: list[str]) -> None:
-    steps = ladder(Plan(sampling, "keyframe", ("mean",)), bundle)
-    assert [s.plan.sampling for s in steps] == samplings
+    steps = ladder(Plan(Sampling.parse(sampling, "keyframe"), ("mean",)), bundle)
+    assert [str(s.plan.sampling.policy) for s in steps] == samplings
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from assets import (
 from av.video.reformatter import ColorRange, Colorspace
 
 from dfengine.errors import DecodeError, DfengineError, InputError, NotAVideo, SourceNotFound, SourceNotReadable
-from dfengine.sampling import KEYFRAME_STEP_FRAMES, MAX_SNAP_FRAMES, Mode, Policy, nearest
+from dfengine.sampling import KEYFRAME_STEP_FRAMES, MAX_SNAP_FRAMES, Mode, Policy, Sampling, nearest
 from dfengine.stages.decode import open_video
 from dfengine.stages.decode import video as video_module
 from dfengine.stages.decode.cpu import to_image
@@ -61,7 +61,7 @@ def decode(
 ) -> tuple[Frames, int, list[str]]:
     """All sampled frames in one Frames, how many were decoded for them, and the warnings."""
     with open_video(path, threads=threads) as video:
-        parts = list(video.frames(Policy.parse(policy), mode, memory_bytes=memory_bytes))
+        parts = list(video.frames(Sampling.parse(policy, mode), memory_bytes=memory_bytes))
     assert [p.is_last for p in parts] == [False] * (len(parts) - 1) + [True]
     joined = Frames(
         tuple(image for p in parts for image in p.images),
@@ -232,7 +232,7 @@ def test_memory_limit_splits_frames_and_changes_nothing_else(made: MakeClip, mem
     frame_bytes = 160 * 120 * 3 // 2
     with open_video(path) as video:
         limit = memory_frames * frame_bytes
-        sizes = [len(f) for f in video.frames(Policy.parse("uniform:10"), "exact", memory_bytes=limit)]
+        sizes = [len(f) for f in video.frames(Sampling.parse("uniform:10", "exact"), memory_bytes=limit)]
     assert len(sizes) == parts
     assert max(sizes) <= max(memory_frames, 1)
     whole, _, _ = decode(path, "uniform:10")
@@ -253,7 +253,7 @@ def test_frames_stay_valid_after_close(made: MakeClip) -> None:
 
 def test_a_consumer_may_stop_early(made: MakeClip) -> None:
     with open_video(made(H264_KEYS)) as video:
-        parts = video.frames(Policy.parse("every:1"), "exact", memory_bytes=0)
+        parts = video.frames(Sampling.parse("every:1", "exact"), memory_bytes=0)
         assert next(parts).index.tolist() == [0]
         parts.close()
 
@@ -617,12 +617,12 @@ def test_old_444_streams_are_not_green(data_dir: Path, name: str, threads: int) 
     # x264 tells its version in the first packet only; without it decoders misread old 4:4:4 and 4:2:0 lossless streams.
     path = data_dir / "clips" / name
     with open_video(path, threads=threads) as video:
-        (frames,) = video.frames(Policy.parse("uniform:1"), "reference")
+        (frames,) = video.frames(Sampling.parse("uniform:1", "reference"))
     (image,) = frames.images
     assert frames.index[0] > 50, "the frame must lie far behind the first packet"
     assert all(float(c.std()) > 2 for c in image.components), "a green frame has constant chroma"
     with open_video(path) as video:
-        every = next(iter(video.frames(Policy.parse(f"every:{frames.index[0]}:2"), "exact")))
+        every = next(iter(video.frames(Sampling.parse(f"every:{frames.index[0]}:2", "exact"))))
     assert same(image, every.images[-1].components) or every.index[-1] != frames.index[0]
 
 
@@ -707,7 +707,7 @@ def test_a_file_that_vanishes_is_said_to_be_gone(
     with open_video(path) as video:
         path.unlink()  # decoding opens the file a second time
         with pytest.raises(SourceNotFound, match="was there and is gone"):
-            list(video.frames(Policy.parse("uniform:3")))
+            list(video.frames(Sampling.parse("uniform:3")))
 
 
 def test_pictures_of_the_maker_differ() -> None:

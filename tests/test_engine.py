@@ -18,6 +18,7 @@ from dfengine import Engine, VideoScore
 from dfengine.bundle import Bundle
 from dfengine.errors import BundleNotFound, DeviceError, OptionError
 from dfengine.runtime import CpuDevice
+from dfengine.sampling import Sampling
 from dfengine.stages.detect import Detector
 from dfengine.stages.track import Linker
 from dfengine.types import Plan
@@ -380,7 +381,7 @@ def test_interruption_is_not_swallowed(bundle: Path, clips: dict[str, Path], mon
 )
 def test_options_override_the_bundle(bundle: Path, options: dict[str, object], policy: str, mode: str) -> None:
     with Engine(bundle, **options) as engine:
-        assert (engine.plan.sampling, engine.plan.mode) == (policy, mode)
+        assert engine.plan.sampling == Sampling.parse(policy, mode)
 
 
 @pytest.mark.parametrize(
@@ -437,8 +438,10 @@ def test_a_plan_changes_what_one_video_gets(
     engine: Engine, clips: dict[str, Path], alone: dict[str, VideoScore]
 ) -> None:
     stages: list[str] = []
-    assert engine.plan == Plan(SEVEN, "reference", ("mean",))
-    less = engine.score(clips["face"], plan=Plan("uniform:2", "keyframe", ("mean",)), on_stage=stages.append)
+    assert engine.plan == Plan(Sampling.parse(SEVEN), ("mean",))
+    less = engine.score(
+        clips["face"], plan=Plan(Sampling.parse("uniform:2", "keyframe"), ("mean",)), on_stage=stages.append
+    )
     assert (less.sampling, less.mode, less.frames_scored, list(less.members)) == ("uniform:2", "keyframe", 2, ["mean"])
     assert [s for s in dict.fromkeys(stages) if s] == ["decode", "detect", "track", "backbone", "crop", "aggregate"]
     assert stages[-1] == ""

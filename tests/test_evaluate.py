@@ -304,7 +304,7 @@ def test_a_bundle_of_two(bundle: Bundle, report: tuple[dict, Path], video: Path)
     assert [m.name for m in bundle.members] == ["a", "b"]
     assert [m.weight for m in bundle.members] == [1.0, 2.0]
     assert [m.margin_ratio for m in bundle.members] == [0.2, 0.0]
-    assert (bundle.sampling, bundle.sampling_mode, bundle.experimental) == ("uniform:5", "exact", True)
+    assert (str(bundle.sampling), bundle.sampling_mode, bundle.experimental) == ("uniform:5", "exact", True)
     assert bundle.calibration.temperature == report[0]["calibration"]["temperature"]
     assert bundle.calibration.fitted_on == "validation split: 8 real, 8 fake videos"
     assert {p.name for p in bundle.folder.iterdir()} == {"bundle.json", "a.onnx", "b.onnx"}

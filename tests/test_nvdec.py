@@ -36,7 +36,7 @@ from fake_nvdec import FakeNvc
 from dfengine.errors import DecodeError, DeviceError, DeviceMemoryError
 from dfengine.gpu import nvdec
 from dfengine.gpu.nvdec import NvdecPool
-from dfengine.sampling import Mode, Policy
+from dfengine.sampling import Mode, Sampling
 from dfengine.stages.decode import open_video
 from dfengine.stages.decode.decoder import CannotDecode
 from dfengine.stages.decode.nal import NalFormat
@@ -81,7 +81,7 @@ class Rig:
 
     def decode(self, path: Path, policy: str, mode: Mode, *, memory_bytes: int = 1 << 40) -> Decoded:
         with open_video(path, lane=self.lane, pool=self.pool) as video:
-            parts = list(video.frames(Policy.parse(policy), mode, memory_bytes=memory_bytes))
+            parts = list(video.frames(Sampling.parse(policy, mode), memory_bytes=memory_bytes))
         return Decoded(video, parts)
 
     @property
@@ -101,7 +101,7 @@ class Decoded:
 
 def on_cpu(path: Path, policy: str, mode: Mode) -> Decoded:
     with open_video(path) as video:
-        parts = list(video.frames(Policy.parse(policy), mode))
+        parts = list(video.frames(Sampling.parse(policy, mode)))
     return Decoded(video, parts)
 
 
@@ -494,7 +494,7 @@ def test_a_cut_that_is_refused_is_refused_by_both(made: MakeClip, tmp_path: Path
 def test_without_a_pool_frames_are_decoded_on_the_cpu_and_uploaded(made: MakeClip) -> None:
     rig = Rig()
     with open_video(made(AVI_NO_PTS), lane=rig.lane) as video:
-        (frames,) = video.frames(Policy.parse("uniform:5"), "exact")
+        (frames,) = video.frames(Sampling.parse("uniform:5", "exact"))
     assert (video.name, video.fallback_reason) == ("pyav", "")
     for a, b in zip(frames.images, on_cpu(made(AVI_NO_PTS), "uniform:5", "exact").images, strict=True):
         assert all(np.array_equal(array_of(x), y) for x, y in zip(a.components, b.components, strict=True))
@@ -526,7 +526,7 @@ def test_unwanted_frames_are_not_copied(made: MakeClip) -> None:
 def test_a_gpu_without_memory_says_so(made: MakeClip) -> None:
     rig, path = Rig(memory_bytes=100_000), made(H264_KEYS)
     with open_video(path, lane=rig.lane, pool=rig.pool) as video, pytest.raises(DeviceMemoryError, match="no room for"):
-        list(video.frames(Policy.parse("uniform:9"), "exact"))
+        list(video.frames(Sampling.parse("uniform:9", "exact")))
     assert rig.decode(path, "uniform:1", "exact").fallback_reason == "", "the pool still has both decoders to lend"
 
 
@@ -579,11 +579,11 @@ def test_the_decoder_unused_longest_makes_room(made: MakeClip) -> None:
 def test_a_video_that_is_left_early_gives_its_decoder_back(made: MakeClip) -> None:
     rig, path = Rig(size=1), made(H264_KEYS)
     with open_video(path, lane=rig.lane, pool=rig.pool) as video:
-        parts = video.frames(Policy.parse("every:1"), "exact", memory_bytes=0)
+        parts = video.frames(Sampling.parse("every:1", "exact"), memory_bytes=0)
         assert next(parts).index.tolist() == [0]
         parts.close()
     with open_video(path, lane=rig.lane, pool=rig.pool) as video:
-        next(video.frames(Policy.parse("every:1"), "exact", memory_bytes=0))  # closed by leaving the block
+        next(video.frames(Sampling.parse("every:1", "exact"), memory_bytes=0))  # closed by leaving the block
     got = rig.decode(path, "every:7", "exact")
     check_same(got, on_cpu(path, "every:7", "exact"))
     assert len(rig.nvc.decoders) == 1
@@ -593,7 +593,7 @@ def test_waiting_is_bounded(made: MakeClip, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(nvdec, "WAIT_SECONDS", 0.05)
     rig, path = Rig(size=1), made(H264_KEYS)
     with open_video(path, lane=rig.lane, pool=rig.pool) as video:
-        parts = video.frames(Policy.parse("every:1"), "exact", memory_bytes=0)
+        parts = video.frames(Sampling.parse("every:1", "exact"), memory_bytes=0)
         next(parts)
         check_falls_back(rig, path, "none of 1 NVDEC decoders became free in 0 s")
     assert rig.decode(path, "uniform:7", "exact").fallback_reason == ""
@@ -611,7 +611,7 @@ def test_many_threads_share_few_decoders(made: MakeClip) -> None:
             for i in range(4):
                 clip = clips[(start + i) % 3]
                 with open_video(made(clip), lane=lane, pool=rig.pool) as video:
-                    parts = list(video.frames(Policy.parse("uniform:6"), "reference", memory_bytes=1))
+                    parts = list(video.frames(Sampling.parse("uniform:6", "reference"), memory_bytes=1))
                 assert video.fallback_reason == ""
                 check_same(Decoded(video, parts), expected[clip])
         except BaseException as error:
@@ -628,7 +628,7 @@ def test_many_threads_share_few_decoders(made: MakeClip) -> None:
 def test_a_closed_pool_lends_nothing(made: MakeClip) -> None:
     rig, path = Rig(size=1), made(H264_KEYS)
     with open_video(path, lane=rig.lane, pool=rig.pool) as video:
-        parts = video.frames(Policy.parse("every:30"), "exact", memory_bytes=0)
+        parts = video.frames(Sampling.parse("every:30", "exact"), memory_bytes=0)
         next(parts)
         rig.pool.close()
         assert len(list(parts)) == 3, "what is lent goes on"
@@ -645,7 +645,7 @@ def test_a_closed_pool_wakes_who_waits(made: MakeClip) -> None:
         reasons.append(str(caught.value))
 
     with open_video(path, lane=rig.lane, pool=rig.pool) as video:
-        parts = video.frames(Policy.parse("every:30"), "exact", memory_bytes=0)
+        parts = video.frames(Sampling.parse("every:30", "exact"), memory_bytes=0)
         next(parts)
         thread = threading.Thread(target=wait)
         thread.start()

@@ -24,7 +24,7 @@ from av.stream import Disposition
 from PIL import Image as PillowImage
 
 from dfengine import Engine
-from dfengine.sampling import Mode, Policy
+from dfengine.sampling import Mode, Sampling
 from dfengine.stages.decode import open_video
 from dfengine.types import Image, VideoScore
 
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MakeClip:
 
 def decode(path: Path, policy: str = "uniform:5", mode: Mode = "exact") -> tuple[list[Image], list[str]]:
     with open_video(path) as video:
-        images = [image for part in video.frames(Policy.parse(policy), mode) for image in part.images]
+        images = [image for part in video.frames(Sampling.parse(policy, mode)) for image in part.images]
     return images, video.warnings
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")  # the `train` extra
 
+from dfengine.settings import to_plain
 from training.errors import RecipeError
 from training.recipe import Recipe, build_recipe, load_recipe
 
@@ -112,4 +112,4 @@ def test_the_recipes_of_the_package(path: Path) -> None:
     assert len(recipes) == {"ensemble7": 7, "default": 2}.get(path.stem, 1)
     for recipe in recipes.values():
         assert recipe.bundle.name == path.stem
-        assert build_recipe(json.loads(json.dumps(asdict(recipe))), "again") == recipe
+        assert build_recipe(json.loads(json.dumps(to_plain(recipe))), "again") == recipe

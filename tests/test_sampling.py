@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfengine.errors import OptionError
-from dfengine.sampling import Policy, nearest, parse_mode, plan_segments, towards_key_frames
+from dfengine.sampling import Policy, Sampling, nearest, parse_mode, plan_segments, towards_key_frames
 
 
 def cfr(n: int, rate: float = 25.0) -> np.ndarray:
@@ -288,3 +288,14 @@ def test_moved_times_stay_in_order_and_behind_their_key_frame(keys: set[int], fr
     assert (moved <= wanted).all()
     before = np.searchsorted(key_seconds, wanted, side="right")
     assert np.array_equal(np.searchsorted(key_seconds, moved, side="right"), before)
+
+
+def test_a_policy_and_a_mode_are_one_value():
+    sampling = Sampling.parse("every:10:17@2", "keyframe")
+    assert sampling == Sampling(Policy("every", 10, 17, 2.0), "keyframe")
+    assert str(sampling) == "every:10:17@2.0, keyframe"
+    assert Sampling.parse("17").mode == "reference"
+    with pytest.raises(OptionError, match="sampling policy 'some'"):
+        Sampling.parse("some", "exact")
+    with pytest.raises(OptionError, match="sampling mode must be"):
+        Sampling.parse("17", "fast")

@@ -26,8 +26,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec, from_plain
+from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec
 from dfengine.errors import DfengineError
+from dfengine.settings import from_plain
 from dfengine.stages.aggregate import pool_rows
 from dfengine.stages.audio import load_log_mel
 from dfengine.types import F32, F64, I64, Tracks

@@ -24,7 +24,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ from PIL import Image as PilImage
 from PIL import ImageDraw, ImageOps
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dfengine.bundle import DetectorSettings, ModelSpec, TrackingSettings, from_plain
+from dfengine.bundle import DetectorSettings, ModelSpec, TrackingSettings
 from dfengine.errors import DfengineError, InputError, OptionError, first_line
 from dfengine.files import replacing
 from dfengine.machine import usable_cores
-from dfengine.sampling import Policy, parse_mode
+from dfengine.sampling import Mode, Policy, Sampling, parse_mode
+from dfengine.settings import from_plain, to_plain
 from dfengine.stages import _kernels
 from dfengine.stages.crop import crop_boxes
 from dfengine.stages.decode import open_video
@@ -59,8 +60,8 @@ PHOTO_MIN_FACE_RATIO = 0.15
 class ExtractSettings:
     """How faces are found and stored. The defaults are those of a bundle."""
 
-    sampling: str = "uniform:17"
-    sampling_mode: str = "reference"
+    sampling: Policy = Policy("uniform", 17)
+    sampling_mode: Mode = "reference"
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     # Room around the face box, as in ModelSpec: networks of this field see margins up to .6, the rest is for turning
@@ -86,7 +87,6 @@ def extract(
     ``workers``: processes, one thread each; by default one a core. The table does not depend on them. Raises
     LabelsError and OptionError before anything is done; a file that fails becomes a row.
     """
-    Policy.parse(settings.sampling), parse_mode(settings.sampling_mode)
     root, items = read_items(source)
     splits = assign_splits(items, split)
     _check_settings(out, settings)
@@ -99,7 +99,7 @@ def extract(
         _with_labels(pq.read_table(parts[item]), item, item_split)
         for item, item_split in zip(items, splits, strict=True)
     ]
-    about = {"source": str(root.resolve()), "settings": json.dumps(asdict(settings))}
+    about = {"source": str(root.resolve()), "settings": json.dumps(to_plain(settings))}
     _write_table(out / "faces.parquet", pa.concat_tables(tables).replace_schema_metadata(about))
     return FaceTable.load(out)
 
@@ -122,7 +122,7 @@ def find_faces(path: Path, is_photo: bool, detector: Detector, settings: Extract
 
     Raises InputError.
     """
-    people = People(detector, settings.tracking, parse_mode(settings.sampling_mode))
+    people = People(detector, settings.tracking, settings.sampling_mode)
     regions: list[tuple[NDArray[np.uint8], NDArray[np.int32]]] = []
     for frames, rows in people.each(_one_photo(path) if is_photo else _video_frames(path, settings)):
         regions += [cut_region(frames.images[f], box, settings) for f, box in zip(rows.frame, rows.xyxy, strict=True)]
@@ -169,7 +169,7 @@ def cut_region(image: Image, box: F32, settings: ExtractSettings) -> tuple[NDArr
 
 def _video_frames(path: Path, settings: ExtractSettings) -> Iterator[Frames]:
     with open_video(path) as video:
-        yield from video.frames(Policy.parse(settings.sampling), parse_mode(settings.sampling_mode))
+        yield from video.frames(Sampling(settings.sampling, settings.sampling_mode))
 
 
 def _one_photo(path: Path) -> Iterator[Frames]:
@@ -252,7 +252,7 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 
 def _check_settings(out: Path, settings: ExtractSettings) -> None:
-    file, text = out / "settings.json", json.dumps(asdict(settings), indent=2) + "\n"
+    file, text = out / "settings.json", json.dumps(to_plain(settings), indent=2) + "\n"
     if file.exists() and file.read_text() != text:
         raise OptionError(
             "the faces here were found with other settings than those asked for; use another folder, or remove "
@@ -374,8 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             settings = settings_of_recipe(args.recipe) if args.recipe else ExtractSettings()
             settings = replace(
                 settings,
-                sampling=args.frames or settings.sampling,
-                sampling_mode=args.mode or settings.sampling_mode,
+                sampling=Policy.parse(args.frames) if args.frames else settings.sampling,
+                sampling_mode=parse_mode(args.mode) if args.mode else settings.sampling_mode,
             )
             table = extract(
                 args.source,

@@ -13,11 +13,12 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
-from dfengine.bundle import Aggregation, DetectorSettings, TrackingSettings, from_plain
+from dfengine.bundle import Aggregation, DetectorSettings, TrackingSettings
 from dfengine.errors import OptionError
-from dfengine.sampling import Policy
+from dfengine.sampling import Mode, Policy
+from dfengine.settings import from_plain
 
 from .augment import AugmentSettings
 from .data import DataSettings
@@ -34,14 +35,11 @@ class BundleSettings:
     name: str = "untitled"
     licence: str = "unstated"
     experimental: bool = True
-    sampling: str = "uniform:17"
-    sampling_mode: Literal["exact", "reference", "keyframe"] = "reference"
+    sampling: Policy = Policy("uniform", 17)
+    sampling_mode: Mode = "reference"
     detector: DetectorSettings = DetectorSettings()
     tracking: TrackingSettings = TrackingSettings()
     aggregation: Aggregation = Aggregation()
-
-    def __post_init__(self) -> None:
-        Policy.parse(self.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ def _check_keys(cls: type, table: Any, where: str, name: str) -> None:
             hint = f"the nearest known is {near[0]!r}" if near else f"known are {', '.join(sorted(known))}"
             raise RecipeError(f"{where}: [{name or 'the top level'}] has an unknown key {key!r}; {hint}")
         hint = get_type_hints(cls)[key]
-        if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(hint) and not hasattr(hint, "parse"):
             _check_keys(hint, value, where, f"{name}.{key}" if name else key)
 
 

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dfengine.bundle import Calibration
 from dfengine.errors import DfengineError
+from dfengine.settings import to_plain
 from dfengine.stages.aggregate import sigmoid
 
 from . import metrics
@@ -164,7 +165,7 @@ class Trainer:
             {
                 "kind": "last",
                 "name": self.name,
-                "recipe": asdict(self.recipe),
+                "recipe": to_plain(self.recipe),
                 "faces": self.faces,
                 "done": asdict(self.done),
                 "optimiser": {"groups": state["param_groups"], "numbers": numbers},
@@ -178,7 +179,7 @@ class Trainer:
         tensors, state = load_checkpoint(path)
         if state.get("kind") != "last":
             raise CheckpointError("this is no state of a run to go on from; give a RUN folder that has one", path=path)
-        check_same_recipe(state["recipe"], json.loads(json.dumps(asdict(self.recipe))), path)
+        check_same_recipe(state["recipe"], to_plain(self.recipe), path)
         if state["faces"] != self.faces:
             raise CheckpointError(
                 "the run began with other faces (faces.parquet has changed); go on with the same, or begin in "
@@ -200,7 +201,7 @@ class Trainer:
 
     def save_best(self, path: Path, about: dict[str, Any]) -> None:
         """The network alone, for training.evaluate and training.export."""
-        state = {"kind": "best", "name": self.name, "recipe": asdict(self.recipe), "torch": torch.__version__}
+        state = {"kind": "best", "name": self.name, "recipe": to_plain(self.recipe), "torch": torch.__version__}
         state |= {"epochs": self.done.epoch, "steps": self.done.total_steps, "validation": self.done.history[-1]}
         save_checkpoint(path, self.kept.state_dict(), state | about)
 
@@ -251,7 +252,7 @@ def train(
     about = describe_data(table)
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(recipe), indent=2, ensure_ascii=False)
+        text = json.dumps(to_plain(recipe), indent=2, ensure_ascii=False)
         write_atomically(out / "recipe.json", (text + "\n").encode())
     with Bar(name, s.epochs, len(batches), silent=world.rank > 0) as bar:
         while not trainer.is_done():

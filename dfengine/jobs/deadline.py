@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 
 from dfengine.bundle import Bundle
 from dfengine.errors import OptionError
-from dfengine.sampling import Policy
+from dfengine.sampling import Mode, Policy, Sampling
 from dfengine.types import F64, Plan
 
 # Seconds that a video costs before anything is known: a constant and a part by size, the shape of which stays true
@@ -92,13 +92,17 @@ def ladder(asked: Plan, bundle: Bundle) -> tuple[Step, ...]:
     """The steps for what was asked, dear ones first; those that would change nothing are left out."""
     steps = [Step("as asked", asked, 1.0)]
 
-    def add(name: str, cost: float, *, sampling: str = "", mode: str = "", members: tuple[str, ...] = ()) -> None:
+    def add(
+        name: str, cost: float, *, policy: Policy | None = None, mode: Mode | None = None, members: Sequence[str] = ()
+    ) -> None:
         last = steps[-1]
-        plan = Plan(sampling or last.plan.sampling, mode or last.plan.mode, members or last.plan.members)
+        before = last.plan.sampling
+        sampling = Sampling(policy or before.policy, mode or before.mode)
+        plan = Plan(sampling, tuple(members) or last.plan.members)
         if plan != last.plan:
             steps.append(Step(name, plan, last.cost * cost))
 
-    if asked.mode == "exact":
+    if asked.sampling.mode == "exact":
         add("reference frames", REFERENCE_COST, mode="reference")
     add("key frames", KEYFRAME_COST, mode="keyframe")
     members = _smallest_first(asked.members, bundle)
@@ -106,10 +110,10 @@ def ladder(asked: Plan, bundle: Bundle) -> tuple[Step, ...]:
         members = members[: len(members) // 2]
         kept = tuple(name for name in asked.members if name in members)
         add(f"{len(kept)} of {len(asked.members)} members", MEMBERS_COST, members=kept)
-    policy = Policy.parse(asked.sampling)
-    add("half of the frames", HALF_COST, sampling=str(_sparser(policy, 2)))
-    add("a quarter of the frames", QUARTER_COST, sampling=str(_sparser(policy, 4)))
-    add("one frame", ONE_FRAME_COST, sampling=str(Policy("uniform", 1, seconds=policy.seconds)))
+    policy = asked.sampling.policy
+    add("half of the frames", HALF_COST, policy=_sparser(policy, 2))
+    add("a quarter of the frames", QUARTER_COST, policy=_sparser(policy, 4))
+    add("one frame", ONE_FRAME_COST, policy=Policy("uniform", 1, seconds=policy.seconds))
     return tuple(steps)
 
 

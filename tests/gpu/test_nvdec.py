@@ -13,7 +13,7 @@ from assets import FASTSTART, Clip, blinking, flipped, rotated, write_clip, x264
 from dfengine.errors import DeviceError, InputError
 from dfengine.gpu.lanes import Gpu
 from dfengine.gpu.nvdec import NvdecPool
-from dfengine.sampling import Mode, Policy
+from dfengine.sampling import Mode, Sampling
 from dfengine.stages.decode import Video, open_video
 from dfengine.types import Frames
 from gpu.conftest import missing
@@ -78,7 +78,7 @@ def decode(gpu: Gpu, pool: NvdecPool, path: Path, policy: str, mode: Mode, **lim
     lane = gpu.lane()
     parts = []
     with open_video(path, lane=lane, pool=pool) as video:
-        for frames in video.frames(Policy.parse(policy), mode, **limits):
+        for frames in video.frames(Sampling.parse(policy, mode), **limits):
             parts.append(frames)
     with lane:
         planes = [[lane.download(c) for c in image.components] for part in parts for image in part.images]
@@ -95,7 +95,7 @@ def check_same(gpu: Gpu, pool: NvdecPool, path: Path, policy: str, mode: Mode, *
     """That planes and times are the CPU's, bit for bit. Returns the reason of a fallback."""
     video, got = decode(gpu, pool, path, policy, mode, **limits)
     with open_video(path) as on_cpu:
-        (expected,) = on_cpu.frames(Policy.parse(policy), mode)
+        (expected,) = on_cpu.frames(Sampling.parse(policy, mode))
     assert got.pts_seconds.tolist() == expected.pts_seconds.tolist()
     assert got.index.tolist() == expected.index.tolist()
     assert video.warnings == on_cpu.warnings
@@ -134,7 +134,7 @@ def test_temporal_layers(gpu: Gpu, pool: NvdecPool, made: MakeClip) -> None:
     # FFmpeg leaves out more than the highest layer, so the frames are others; each must be one of a full decode.
     video, got = decode(gpu, pool, made(LAYERS), "every:1", "reference")
     with open_video(made(LAYERS)) as on_cpu:
-        (full,) = on_cpu.frames(Policy.parse("every:1"), "exact")
+        (full,) = on_cpu.frames(Sampling.parse("every:1", "exact"))
     assert video.fallback_reason == ""
     assert 20 < len(got) < 60
     for planes, i in zip(video.planes, got.index, strict=True):
@@ -195,7 +195,7 @@ def test_a_video_left_early_leaves_no_trace(gpu: Gpu, made: MakeClip) -> None:
     pool = NvdecPool(gpu, 1)
     for clip in (CLOSED[0], CLOSED[1]):
         with open_video(made(clip), lane=gpu.lane(), pool=pool) as video:
-            parts = video.frames(Policy.parse("every:1"), "exact", memory_bytes=0)
+            parts = video.frames(Sampling.parse("every:1", "exact"), memory_bytes=0)
             next(parts)
             next(parts)
         assert check_same(gpu, pool, made(clip), "every:3", "exact") == ""
@@ -234,7 +234,7 @@ def test_frames_outlive_the_pool(gpu: Gpu, made: MakeClip) -> None:
     decode(gpu, pool, made(CLOSED[0]), "every:1", "exact")
     pool.close()
     with open_video(made(CLOSED[0])) as on_cpu:
-        (expected,) = on_cpu.frames(Policy.parse("uniform:5"), "exact")
+        (expected,) = on_cpu.frames(Sampling.parse("uniform:5", "exact"))
     with gpu.lane() as lane:
         for a, b in zip(frames.images, expected.images, strict=True):
             assert np.array_equal(lane.download(a.components[0]), b.components[0])
@@ -281,7 +281,7 @@ def test_real_files(gpu: Gpu, pool: NvdecPool, data_dir: Path) -> None:
     for path in sorted([*(data_dir / "odd").iterdir(), *(data_dir / "clips").glob("*.mp4")]):
         try:
             with open_video(path) as video:
-                list(video.frames(Policy.parse("uniform:5"), "reference"))
+                list(video.frames(Sampling.parse("uniform:5", "reference")))
         except InputError:
             continue
         if not video.warnings:

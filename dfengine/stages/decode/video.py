@@ -19,7 +19,14 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from dfengine.errors import DecodeError, InputError, NotAVideo, SourceNotFound, UnsupportedVideo
-from dfengine.sampling import Mode, Policy, Segment, nearest, plan_segments, towards_key_frames
+from dfengine.sampling import (
+    Mode,
+    Sampling,
+    Segment,
+    nearest,
+    plan_segments,
+    towards_key_frames,
+)
 from dfengine.stages.decode.decoder import MAX_PIXELS, TIE_SECONDS, CannotDecode, Numbered, PacketDecoder, Packets
 from dfengine.stages.decode.first_bytes import SEQUENCE_BRANDS, STILL_BRANDS, missing_index
 from dfengine.stages.decode.nal import NalFormat
@@ -181,16 +188,14 @@ class Video:
 
     # -- decoding ------------------------------------------------------------------------------------------------
 
-    def frames(
-        self, policy: Policy, mode: Mode = "reference", *, memory_bytes: int = DEFAULT_MEMORY_BYTES
-    ) -> Iterator[Frames]:
+    def frames(self, sampling: Sampling, *, memory_bytes: int = DEFAULT_MEMORY_BYTES) -> Iterator[Frames]:
         """Yields the sampled frames in order of time, as few Frames as ``memory_bytes`` allows (mostly one).
 
         May be called once. Raises DecodeError if fewer than half of the wanted frames could be decoded, after what
         could be decoded was yielded: a caller that keeps results must drop them then.
         """
         packets = self._scan()
-        wanted = policy.wanted_seconds(packets.timeline_stated)
+        wanted, mode = sampling.policy.wanted_seconds(packets.timeline_stated), sampling.mode
         if mode == "exact":
             wanted = np.unique(packets.timeline_stated[nearest(packets.timeline_stated, wanted)])
         elif mode == "keyframe":
