@@ -34,6 +34,8 @@ class DetectorSettings:
     # Smallest face that is looked for, as a share of the frame's shorter side. 0.05 is 54 px in 1080p and 24 px in
     # 480p: below that a crop holds fewer pixels than any member's input has, and P-Net's cost grows with 1 / size^2.
     min_face_ratio: float = 0.05
+    # Scores from which P-Net, R-Net and O-Net take a box for a face. A score equal to its threshold is enough, as with
+    # every minimum here and in TrackingSettings; facenet-pytorch has it so for P-Net only.
     thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)
     pyramid_factor: float = 0.709
     # In reference and keyframe mode every stride-th sampled frame goes through the whole cascade, those between only
@@ -50,7 +52,10 @@ class DetectorSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingSettings:
-    """When faces are one person, and which persons count. See dfengine.stages.track for how they are used."""
+    """When faces are one person, and which persons count. See dfengine.stages.track for how they are used.
+
+    What equals a minimum is enough, and what equals a maximum is not too much.
+    """
 
     # Low, because samples lie half a second apart: a face that moved by two thirds of its width still overlaps with
     # itself at .2. Faces of different people hardly overlap, and the best pairs are taken first. At the .3 usual for

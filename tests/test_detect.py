@@ -10,7 +10,7 @@ import pytest
 from conftest import TOLERANCE
 
 from dfengine.bundle import DetectorSettings
-from dfengine.stages.detect import BATCH_FRAMES, MIN_FACE_PX, Detector
+from dfengine.stages.detect import _SAME_FACE, BATCH_FRAMES, MIN_FACE_PX, Detector
 from dfengine.types import Faces, Image
 
 SETTINGS = DetectorSettings()
@@ -79,7 +79,7 @@ def proposed(detector, monkeypatch) -> list[int]:
     counts: list[int] = []
     propose = Detector._propose
     monkeypatch.setattr(
-        Detector, "_propose", lambda self, images, gain: counts.append(len(images)) or propose(self, images, gain)
+        Detector, "_propose", lambda self, images, cutter: counts.append(len(images)) or propose(self, images, cutter)
     )
     return counts
 
@@ -109,6 +109,40 @@ def test_frames_of_which_neighbours_tell_nothing_are_searched(detector, astronau
         proposed.clear()
         assert_equal(detector.detect(frames, stride=3), detector.detect(frames)), why
         assert sum(proposed) == 8, why
+
+
+class Scores:
+    """A network of the cascade whose scores are all the same."""
+
+    def __init__(self, network, score: np.float32) -> None:
+        self._network, self._score = network, score
+
+    def run(self, *inputs) -> list[np.ndarray]:
+        score, *rest = self._network.run(*inputs)
+        return [np.full_like(score, self._score), *rest]
+
+
+@pytest.mark.parametrize("name", ["_pnet", "_rnet", "_onet"])
+def test_a_score_that_equals_its_threshold_is_enough(astronaut, name) -> None:
+    detector = Detector(SETTINGS)
+    image = Image.from_rgb(astronaut)
+    threshold = np.float32(SETTINGS.thresholds[("_pnet", "_rnet", "_onet").index(name)])
+    network = getattr(detector, name)
+    setattr(detector, name, Scores(network, threshold))
+    assert len(detector.detect([image])) > 0
+    setattr(detector, name, Scores(network, np.nextafter(threshold, np.float32(0))))
+    assert len(detector.detect([image])) == 0
+
+
+def test_an_overlap_that_equals_the_minimum_makes_one_face_of_two(detector, astronaut, proposed, monkeypatch) -> None:
+    images = [Image.from_rgb(p) for p in walk(astronaut, 4)]
+    for overlap, searched in ((_SAME_FACE, 2), (np.nextafter(np.float32(_SAME_FACE), np.float32(0)), 4)):
+        monkeypatch.setattr(
+            "dfengine.stages.detect._boxes.iou_matrix", lambda a, b, x=overlap: np.full((len(a), len(b)), x, np.float32)
+        )
+        proposed.clear()
+        detector.detect(images, stride=3)
+        assert sum(proposed) == searched
 
 
 def test_frames_between_share_a_size(detector, astronaut, group) -> None:

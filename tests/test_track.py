@@ -237,6 +237,12 @@ def test_random_faces_keep_the_rules(rng):
     assert seen == {tuple(points) for points in faces.landmarks.reshape(-1, 10).tolist()}
 
 
+@pytest.mark.parametrize(("moved", "people"), [(7, 1), (7.01, 2)])
+def test_an_overlap_that_equals_the_minimum_is_enough(moved, people):
+    tracks = link([0.0, 0.5], [(0, 0, 0, 13), (1, moved, 0, 13)])  # (13 - 7) / (13 + 7) is .3
+    assert len(np.unique(tracks.track_id)) == people
+
+
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
 

@@ -154,7 +154,7 @@ class Detector:
         boxes: list[F32] = [np.zeros((0, 4), np.float32)]
         for before, after in itertools.pairwise(whole):
             a, b = faces.xyxy[faces.frame == before], faces.xyxy[faces.frame == after]
-            i, j = np.nonzero(_boxes.iou_matrix(a, b) > _SAME_FACE)
+            i, j = np.nonzero(_boxes.iou_matrix(a, b) >= _SAME_FACE)
             if not len(a) == len(b) == len(i) == len(np.unique(i)) == len(np.unique(j)):
                 continue
             for row in rows[(rows > before) & (rows < after)]:
@@ -181,7 +181,7 @@ class Detector:
         """R-Net: (image, square xyxy boxes) of what it takes for faces, moved towards them."""
         image, boxes, crops = self._crop_proposals(images, image, boxes, 24, cutter)
         score, shift = self._rnet.run(crops)
-        image, boxes, score, shift = _where(score > self.settings.thresholds[1], image, boxes, score, shift)
+        image, boxes, score, shift = _where(score >= self.settings.thresholds[1], image, boxes, score, shift)
         kept = _boxes.nms(boxes, score, image, _NMS_RNET)
         image, boxes, shift = image[kept], boxes[kept], shift[kept]
         _boxes.regress(boxes, shift, 1.0)
@@ -192,7 +192,7 @@ class Detector:
         """O-Net: what it takes for a face, with landmarks, each face once."""
         image, boxes, crops = self._crop_proposals(images, image, boxes, 48, cutter)
         score, shift, points = self._onet.run(crops)
-        taken = score > self.settings.thresholds[2]
+        taken = score >= self.settings.thresholds[2]
         image, boxes, score, shift, points = _where(taken, image, boxes, score, shift, points)
         size = boxes[:, None, 2:] - boxes[:, None, :2] + 1  # (F, 1, 2)
         landmarks = points.reshape(-1, 2, 5).transpose(0, 2, 1) * size + boxes[:, None, :2] - 1  # (F, 5, 2)
