@@ -54,8 +54,26 @@ def _check(array: NDArray[Any], name: str, dtype: Any, shape: tuple[int | None, 
         raise ValueError(f"{name} must have shape {shape} (None: any), got {array.shape}")
 
 
-@dataclass(frozen=True, eq=False)
-class Image:
+class _Described:
+    """Prints what is in it by type and shape."""
+
+    def __repr__(self) -> str:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={_shape(value)}' for name, value in values)})"
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, np.ndarray) or hasattr(value, "lane"):
+        return f"{value.dtype}{list(value.shape)}" + (" on a GPU" if on_device(value) else "")
+    if isinstance(value, tuple) and value and isinstance(value[0], Image):
+        return f"<{len(value)} of {' and '.join(sorted({'{}x{}'.format(*i.upright_hw) for i in value}))}>"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shape, value))})"
+    return repr(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Image(_Described):
     """One decoded picture as the decoder left it; nothing is converted or copied.
 
     ``components``: (Y,) or (Y, Cb, Cr) or (R, G, B), each (H, W) uint8 or uint16, strided views allowed, all in main
@@ -90,8 +108,8 @@ class Image:
         return cls((rgb[..., 0], rgb[..., 1], rgb[..., 2]), matrix="rgb", full_range=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Frames:
+@dataclass(frozen=True, eq=False, repr=False)
+class Frames(_Described):
     """Sampled frames of one video, in order of time.
 
     ``index`` is the frame's place in the order of presentation, 0 for the first. ``is_last``: no more frames of
@@ -112,8 +130,8 @@ class Frames:
         return len(self.images)
 
 
-@dataclass(frozen=True, eq=False)
-class Faces:
+@dataclass(frozen=True, eq=False, repr=False)
+class Faces(_Described):
     """Faces found in Frames. ``frame`` is the row of the frame in that Frames."""
 
     frame: I64  # (F,), ascending
@@ -150,8 +168,8 @@ class Faces:
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
 
-@dataclass(frozen=True, eq=False)
-class Tracks:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tracks(_Described):
     """Faces joined in time, one row a (person, frame), ordered by track and then by time.
 
     Rows that were filled from a past box have ``detected`` False, NaN landmarks and confidence 0.
@@ -188,8 +206,8 @@ class Tracks:
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
 
 
-@dataclass(frozen=True, eq=False)
-class Crops:
+@dataclass(frozen=True, eq=False, repr=False)
+class Crops(_Described):
     """Network input, with the identity of each row: rows of several videos may share a batch."""
 
     batch: Array  # (B, 3, H, W) RGB, normalised
@@ -230,13 +248,16 @@ class FrameScore:
     p_fake: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrackScore:
     """One person."""
 
     track_id: int
     p_fake: float
     frames: tuple[FrameScore, ...]
+
+    def __repr__(self) -> str:
+        return f"TrackScore(track_id={self.track_id}, p_fake={self.p_fake:.4f}, frames=<{len(self.frames)}>)"
 
 
 @dataclass(frozen=True)
@@ -248,7 +269,7 @@ class ErrorInfo:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VideoScore:
     """The answer for one video.
 
@@ -291,6 +312,15 @@ class VideoScore:
             raise ValueError(f"error is given exactly when status is 'error', got {self.status!r} and {self.error}")
         if self.logit is not None and not math.isfinite(self.logit):
             raise ValueError(f"logit must be finite, got {self.logit}")
+
+    def __repr__(self) -> str:
+        told = f"path={self.path!r}, status={self.status!r}, "
+        if self.p_fake is not None:
+            told += f"p_fake={self.p_fake:.4f}, tracks=<{len(self.tracks)}>, frames_scored={self.frames_scored}, "
+        if self.error is not None:
+            told += f"error={self.error!r}, "
+        seconds = sum(self.timings.values())
+        return f"VideoScore({told}warnings=<{len(self.warnings)}>, bundle={self.bundle!r}, {seconds:.2f} s)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, in the order of the fields: what ``--json`` prints."""

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import json
 import logging
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -463,13 +466,39 @@ def test_a_plan_says_the_mode_for_the_detector_too(bundle: Path, clips: dict[str
 def test_one_shot(bundle: Path, clips: dict[str, Path], alone: dict[str, VideoScore]) -> None:
     score = dfengine.score(clips["face"], bundle=bundle)
     assert_same(score, alone["face"], tolerance=TOLERANCE["backbone", "float32"])
-    score = dfengine.score(str(clips["face"]), bundle=str(bundle), device="cpu", frames=3, mode="exact", workers=1)
+    score = dfengine.score(str(clips["face"]), bundle=str(bundle), device="cpu", frames=3, mode="exact", threads=1)
     assert score.frames_scored == 3
     assert dfengine.score(clips["missing"], bundle=Bundle.load(bundle)).status == "error"
     with pytest.raises(BundleNotFound, match=r"there is no such bundle; give a folder with a bundle\.json"):
         dfengine.score(clips["face"], bundle=clips["missing"].parent / "no_bundle")
-    with pytest.raises(OptionError, match="workers must be at least 1"):
-        dfengine.score(clips["face"], bundle=bundle, workers=0)
+    with pytest.raises(OptionError, match="threads must be at least 1"):
+        dfengine.score(clips["face"], bundle=bundle, threads=0)
+
+
+def test_one_shot_takes_the_options_that_concern_one_video() -> None:
+    """With their names, types and defaults, so that help() and type checkers tell what can be asked for."""
+    of_engine = dict(inspect.signature(Engine).parameters)
+    del of_engine["workers"]
+    of_score = dict(inspect.signature(dfengine.score).parameters)
+    del of_score["path"]
+    assert list(of_score) == list(of_engine)
+    for name, parameter in of_score.items():
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert (parameter.annotation, parameter.default) == (of_engine[name].annotation, of_engine[name].default)
+        assert f"``{name}``: " in (dfengine.score.__doc__ or "")
+
+
+def test_a_score_pickles_compares_and_prints_in_a_line(alone: dict[str, VideoScore], clips: dict[str, Path]) -> None:
+    for score in alone.values():
+        again = pickle.loads(pickle.dumps(score))
+        assert again == score
+        assert again != dataclasses.replace(score, timings=score.timings | {"decode": 99.0})
+        assert again != dataclasses.replace(score, members={"other": 0.5})
+        assert len(repr(score)) < 300 + len(score.path)
+    p_fake = f"{alone['two'].p_fake:.4f}"
+    assert repr(alone["two"]).startswith(f"VideoScore(path={str(clips['two'])!r}, status='ok', p_fake={p_fake}, ")
+    assert "tracks=<2>, " in repr(alone["two"])
+    assert "error=ErrorInfo(type='SourceNotFound', stage='open', " in repr(alone["missing"])
 
 
 def test_a_closed_engine_may_be_closed_again(bundle: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -113,6 +114,26 @@ def test_tracks_are_joined_one_behind_the_other():
     assert len(Tracks.concatenate([tracks(0)])) == 0
 
 
+def test_values_print_their_shapes():
+    many, picture = 500, Image((np.zeros((1080, 1920), np.uint8), *[np.zeros((540, 960), np.uint8)] * 2), rotation=90)
+    assert repr(faces(many)) == (
+        "Faces(frame=int64[500], xyxy=float32[500, 4], landmarks=float32[500, 5, 2], confidence=float32[500])"
+    )
+    assert repr(tracks(many)) == (
+        "Tracks(track_id=int64[500], frame=int64[500], index=int64[500], pts_seconds=float64[500], "
+        "xyxy=float32[500, 4], landmarks=float32[500, 5, 2], confidence=float32[500], detected=bool[500])"
+    )
+    assert repr(picture) == (
+        "Image(components=(uint8[1080, 1920], uint8[540, 960], uint8[540, 960]), bit_depth=8, matrix='bt601', "
+        "full_range=False, subsampling_xy=(1, 1), rotation=90)"
+    )
+    assert repr(frames(3, images=(picture,) * 3)) == (
+        "Frames(images=<3 of 1920x1080>, pts_seconds=float64[3], index=int64[3], is_last=True)"
+    )
+    assert repr(frames(0)).startswith("Frames(images=(), ")
+    assert repr(crops(2)).startswith("Crops(batch=float32[2, 3, 4, 4], ")
+
+
 # -- Image -------------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +215,31 @@ def test_to_dict_is_plain_and_in_the_order_of_the_fields():
     assert plain["tracks"][0]["frames"][1]["landmarks"] is None
     assert plain["members"] == {"m": 0.75}
     assert plain["error"] is None
+
+
+def test_scores_print_in_a_line():
+    frame = FrameScore(3, 0.12, (1.0, 2.0, 3.0, 4.0), ((1.0, 2.0),) * 5, 0.75)
+    track = TrackScore(0, 0.75, (frame,) * 17)
+    assert repr(track) == "TrackScore(track_id=0, p_fake=0.7500, frames=<17>)"
+    ok = VideoScore("a.mp4", "ok", 0.75, tracks=(track,), frames_scored=17, bundle="b", timings={"decode": 0.5})
+    assert repr(ok) == (
+        "VideoScore(path='a.mp4', status='ok', p_fake=0.7500, tracks=<1>, frames_scored=17, warnings=<0>, "
+        "bundle='b', 0.50 s)"
+    )
+    failed = VideoScore("a.mp4", "error", error=FAILED, warnings=("truncated",))
+    assert repr(failed) == (
+        "VideoScore(path='a.mp4', status='error', error=ErrorInfo(type='DecodeError', stage='decode', "
+        "message='damaged'), warnings=<1>, bundle='', 0.00 s)"
+    )
+
+
+def test_scores_pickle_and_compare():
+    score = VideoScore("a.mp4", "ok", 0.75, members={"m": 0.75}, timings={"decode": 0.5})
+    again = pickle.loads(pickle.dumps(score))
+    assert again == score
+    assert again.members == {"m": 0.75}
+    assert again != dataclasses.replace(score, members={"m": 0.5})
+    assert again != dataclasses.replace(score, timings={})
 
 
 def test_to_dict_of_an_error():
