@@ -39,7 +39,7 @@ from dfengine.gpu.nvdec import NvdecPool
 from dfengine.sampling import Mode, Sampling
 from dfengine.stages.decode import open_video
 from dfengine.stages.decode.decoder import CannotDecode
-from dfengine.stages.decode.nal import NalFormat
+from dfengine.stages.decode.nal import NalFormat, _split_start_codes
 from dfengine.types import Frames, Image
 
 MODES: tuple[Mode, ...] = ("exact", "reference", "keyframe")
@@ -143,6 +143,26 @@ def test_headers_tell_the_frames_that_ffmpeg_calls_non_reference(made: MakeClip,
         pytest.skip("FFmpeg makes up the times")
     kept = sorted(at for at, is_reference in pictures(path) if is_reference)
     assert kept == [f.time for f in decode_plainly(path, skip="NONREF")]
+
+
+@pytest.mark.parametrize("clip", [c for c in CODED if c.name.endswith((".mp4", ".mkv", ".mov"))], ids=str)
+def test_start_codes_stand_before_the_units_that_ffmpegs_filter_finds(made: MakeClip, clip: Clip) -> None:
+    """But for what that takes from the header: parameter sets, and SEI that x265 puts beside them."""
+    with av.open(str(made(clip))) as container:
+        stream = container.streams.video[0]
+        nal = NalFormat(stream.codec_context)
+        convert = BitStreamFilterContext(f"{nal.codec}_mp4toannexb", stream)
+        header = {7, 8} if nal.codec == "h264" else {32, 33, 34, 39}
+
+        def units(data: bytes) -> list[bytes]:
+            return [bytes(u) for u in _split_start_codes(data) if nal._kind(u) not in header]
+
+        for packet in container.demux(stream):
+            if packet.size:
+                ours = nal.annex_b(nal.units(bytes(packet)))
+                assert ours.startswith(b"\0\0\0\1")
+                (theirs,) = convert.filter(packet)
+                assert units(ours) == units(bytes(theirs))
 
 
 @pytest.mark.parametrize("clip", CODED, ids=str)

@@ -1,6 +1,14 @@
 """What the headers of H.264 and HEVC say without decoding: NAL units, pictures nobody depends on, parameter sets.
 
 Sources: ITU-T H.264 (7.3, 7.4.1), ITU-T H.265 (7.3, 7.4.2), ISO/IEC 14496-15 (avcC, hvcC and the lengths in packets).
+
+Note [Why not FFmpeg's bitstream filters]
+h264_mp4toannexb and hevc_mp4toannexb (av.BitStreamFilterContext) were tried. They give the same units, with the
+header's parameter sets in front of every IDR picture. Where decoding begins at another key frame, as in open groups of
+pictures, they add none (av 18: clip h264_opengop.mp4), and a decoder that begins there needs them; so does every
+segment after a seek, whatever went through the filter before. They let units of a second layer and with a forbidden
+bit pass. The units have to be told apart in any case, for nal_ref_idc, layers and parameter sets; putting start codes
+in front of them is one line more, and 3 to 15 us a packet in place of 20 to 50.
 """
 
 from __future__ import annotations
