@@ -25,7 +25,7 @@ Bool = NDArray[np.bool_]
 
 
 class DeviceMemory(Protocol):
-    """An array on a GPU: what dfengine.gpu.lanes.DeviceArray is to the stages."""
+    """An array on a GPU: what dfengine.gpu.array.DeviceArray is to the stages."""
 
     pointer: int
     lane: Any  # the dfengine.gpu.lanes.Lane in the order of whose stream it is written

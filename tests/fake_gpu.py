@@ -15,9 +15,9 @@ from fake_cuda import FakeGpu, array_of
 
 from dfengine.bundle import Bundle, DetectorSettings
 from dfengine.errors import DeviceMemoryError
+from dfengine.gpu.array import DeviceArray
 from dfengine.gpu.batching import BatchingSession, Outputs
 from dfengine.gpu.device import GpuDevice
-from dfengine.gpu.lanes import DeviceArray
 from dfengine.runtime import CpuDevice
 from dfengine.stages import _kernels
 from dfengine.types import Dtype, Image

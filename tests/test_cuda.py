@@ -12,7 +12,8 @@ from fake_cuda import FakeGpu, array_of
 
 from dfengine.errors import DeviceError, DeviceMemoryError
 from dfengine.gpu import lanes as cuda
-from dfengine.gpu.lanes import DeviceArray, Gpu
+from dfengine.gpu.array import DeviceArray
+from dfengine.gpu.lanes import Gpu
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def test_a_gpu_that_others_keep_for_themselves(gpu: FakeGpu, monkeypatch: pytest
         raise gpu.fake.Error("cuDevicePrimaryCtxRetain failed: CUDA-capable device(s) is/are busy or unavailable")
 
     monkeypatch.setattr(gpu.fake, "Device", lambda ordinal: SimpleNamespace(retain_primary_context=refuse))
-    monkeypatch.setattr(cuda, "_find", lambda ordinal: (gpu.fake, gpu.fake.graphs))
+    monkeypatch.setattr(cuda, "find_driver", lambda ordinal: (gpu.fake, gpu.fake.graphs))
     with pytest.raises(
         DeviceError, match=r"GPU number 7 cannot be used: .* busy or unavailable; nvidia-smi shows what"
     ):

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.errors import DeviceError, DeviceMemoryError, InferenceError, first_line
-from dfengine.gpu.lanes import DeviceArray, Event, Gpu, Lane
+from dfengine.gpu.array import DeviceArray
+from dfengine.gpu.lanes import Event, Gpu, Lane
 from dfengine.gpu.spec import EngineSpec, Shape
 
 log = logging.getLogger("dfengine")

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
 import threading
 import weakref
 from collections import deque
@@ -35,18 +34,16 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dfengine.errors import DeviceError, DeviceMemoryError, first_line
+from dfengine.gpu.array import Block, DeviceArray
+from dfengine.gpu.driver import check_result, find_driver, refusal
 
-__all__ = ["DeviceArray", "Event", "Gpu", "Graph", "Lane", "says_memory_is_full"]
+__all__ = ["Event", "Gpu", "Graph", "Lane"]
 
 # Free memory a lane keeps for later use. The decoded frames of a chunk and a batch of crops are about half of it.
 CACHE_BYTES = 512 << 20
 
 # cuMemAlloc aligns to 256 bytes; smaller pieces would only make more classes.
 _SMALLEST = 256
-
-# How the driver (CUDA_ERROR_OUT_OF_MEMORY, "out of memory", cudaErrorMemoryAllocation), TensorRT ("OutOfMemory",
-# "insufficient memory") and cuBLAS and cuDNN (..._STATUS_ALLOC_FAILED) say it.
-_FULL = re.compile(r"out[ _]?of[ _]?memory|MemoryAllocation|insufficient memory|ALLOC_FAILED", re.IGNORECASE)
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with stream 0, where torch works
 
@@ -84,7 +81,7 @@ class Gpu:
     @classmethod
     def open(cls, ordinal: int = 0) -> Gpu:
         """The GPU with this number. Raises DeviceError if there is none, or no way to it, with the fix."""
-        pycuda, graphs = _find(ordinal)
+        pycuda, graphs = find_driver(ordinal)
         try:
             with _opening:
                 if ordinal not in _contexts:
@@ -101,7 +98,7 @@ class Gpu:
     @staticmethod
     def check(ordinal: int = 0) -> None:
         """What ``open`` raises, without making a context, which costs hundreds of MiB."""
-        _find(ordinal)
+        find_driver(ordinal)
 
     @property
     def exclusive(self) -> threading.RLock:
@@ -130,7 +127,7 @@ class Gpu:
         try:
             yield
         except self._pycuda.Error as error:
-            raise _typed(first_line(error)) from None
+            raise refusal(first_line(error)) from None
 
     def free_bytes(self) -> int:
         """Device memory nobody holds. What lanes keep for later use is not in it."""
@@ -282,7 +279,7 @@ class Lane:
         graphs = self.gpu._graphs
         with self.gpu._exclusive:
             mode = graphs.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-            _check(graphs, "cuStreamBeginCapture", graphs.cuStreamBeginCapture(self.stream, mode))
+            check_result(graphs, "cuStreamBeginCapture", graphs.cuStreamBeginCapture(self.stream, mode))
             failed = True
             try:
                 work()
@@ -291,9 +288,9 @@ class Lane:
                 error, graph = graphs.cuStreamEndCapture(self.stream)
                 if failed and graph is not None and int(graph):
                     graphs.cuGraphDestroy(graph)
-            _check(graphs, "cuStreamEndCapture", (error,))
+            check_result(graphs, "cuStreamEndCapture", (error,))
             try:
-                (executable,) = _check(graphs, "cuGraphInstantiate", graphs.cuGraphInstantiate(graph, 0))
+                (executable,) = check_result(graphs, "cuGraphInstantiate", graphs.cuGraphInstantiate(graph, 0))
             finally:
                 graphs.cuGraphDestroy(graph)
         return Graph(graphs, executable)
@@ -301,9 +298,9 @@ class Lane:
     def launch(self, graph: Graph) -> None:
         """Enqueues all that a graph holds. Raises DeviceError, DeviceMemoryError."""
         try:
-            _check(graph._graphs, "cuGraphLaunch", graph._graphs.cuGraphLaunch(graph._executable, self.stream))
+            check_result(graph._graphs, "cuGraphLaunch", graph._graphs.cuGraphLaunch(graph._executable, self.stream))
         except DeviceError as error:
-            raise _typed(error.message) from None
+            raise refusal(error.message) from None
 
     def close(self) -> None:
         """Waits for the stream and frees what the lane keeps. Only arrays it gave out can be used afterwards."""
@@ -316,7 +313,7 @@ class Lane:
         self._staged = self._staging = None
         self._events.clear()
 
-    def _block(self, nbytes: int) -> _Block:
+    def _block(self, nbytes: int) -> Block:
         size = _size_class(nbytes)
         free = self._free.setdefault(size, deque())
         try:
@@ -326,7 +323,7 @@ class Lane:
                 with self.gpu._exclusive:
                     self._trim()
             allocation = self.gpu._allocate(size)
-        return _Block(allocation, free)
+        return Block(allocation, free)
 
     def _trim(self) -> None:
         """Frees what is kept for later use. The context must be current."""
@@ -336,130 +333,6 @@ class Lane:
         for blocks in list(self._free.values()):
             while blocks:
                 blocks.pop().free()
-
-
-class DeviceArray:
-    """Memory on the device, or a view of some; goes back to its lane when the last view dies (Note [Ownership]).
-
-    Strides are in bytes, none is negative. Foreign memory is wrapped by giving its ``owner``, which is kept alive.
-    ``lane``: on whose stream it is worked on. ``available``: bytes from ``pointer`` on that views may use.
-    """
-
-    def __init__(
-        self,
-        pointer: int,
-        shape: tuple[int, ...],
-        dtype: DTypeLike,
-        *,
-        strides: tuple[int, ...] | None = None,
-        owner: object,
-        lane: Lane,
-        available: int | None = None,
-    ) -> None:
-        self.pointer = int(pointer)
-        self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
-        self.strides = tuple(strides) if strides is not None else _contiguous(self.shape, self.dtype.itemsize)
-        if len(self.strides) != len(self.shape) or any(s < 0 for s in (*self.strides, *self.shape)):
-            raise ValueError(f"strides {self.strides} do not fit shape {self.shape}; one each, none negative")
-        self.lane = lane
-        self._owner = owner
-        self._available = available if available is not None else self.span
-        if self.span > self._available:
-            raise ValueError(f"a view of {self.span} bytes does not fit into the {self._available} bytes there are")
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
-
-    @property
-    def span(self) -> int:
-        """Bytes from the first element to the end of the last."""
-        if self.size == 0:
-            return 0
-        return sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + self.dtype.itemsize
-
-    @property
-    def is_contiguous(self) -> bool:
-        return self.row_bytes == self.nbytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Length of the longest pieces without a gap; all bytes if the array is C-contiguous."""
-        run = self.dtype.itemsize
-        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if n != 1:
-                if stride != run:
-                    break
-                run *= n
-        return run
-
-    def pitch(self, row_bytes: int) -> int:
-        """The distance at which rows of this length lie. Raises ValueError if it is not the same throughout."""
-        pitch, expected, run = row_bytes, 0, self.dtype.itemsize
-        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if n == 1:
-                continue
-            if run < row_bytes:
-                run *= n  # within a row
-            elif not expected:
-                pitch, expected = stride, stride * n
-            elif stride != expected:
-                break
-            else:
-                expected *= n
-        else:
-            if run == row_bytes:
-                return pitch
-        raise ValueError(
-            f"only rows that lie one pitch apart can be copied; got shape {self.shape} with strides {self.strides}"
-        )
-
-    def view(
-        self,
-        *,
-        offset: int = 0,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...] | None = None,
-        dtype: DTypeLike | None = None,
-    ) -> DeviceArray:
-        """Other eyes on the same memory, ``offset`` bytes from here. Raises ValueError where it would leave it."""
-        return DeviceArray(
-            self.pointer + offset, shape, dtype if dtype is not None else self.dtype, strides=strides,
-            owner=self._owner, lane=self.lane, available=self._available - offset,
-        )  # fmt: skip
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> DeviceArray:
-        start, stop, step = rows.indices(len(self))
-        if step < 1:
-            raise ValueError(f"the step must be positive, got {step}")
-        return self.view(
-            offset=start * self.strides[0] if start < stop else 0,
-            shape=(len(range(start, stop, step)), *self.shape[1:]),
-            strides=(self.strides[0] * step, *self.strides[1:]),
-        )
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "version": 3,
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "data": (self.pointer, False),
-            "strides": self.strides,
-            "stream": self.lane.stream,
-        }
 
 
 class Event:
@@ -489,48 +362,6 @@ class Graph:
         self._graphs.cuGraphExecDestroy(self._executable)
 
 
-class _Block:
-    """Memory in use; given back to its free list when it dies."""
-
-    __slots__ = ("_allocation", "_home", "pointer")
-
-    def __init__(self, allocation: Any, home: deque[Any]) -> None:
-        self._allocation, self._home = allocation, home
-        self.pointer = int(allocation)
-
-    def __del__(self) -> None:
-        self._home.append(self._allocation)
-
-
-def _find(ordinal: int) -> tuple[Any, Any]:
-    """PyCUDA's and cuda-bindings' driver modules, if they find the GPU with this number. Raises DeviceError."""
-    try:
-        import pycuda.driver as pycuda
-    except ImportError as error:
-        raise DeviceError(f"no GPU can be used: {_why_no_pycuda(error)}", stage="device") from None
-    try:
-        from cuda.bindings import driver as graphs
-    except ImportError:
-        raise DeviceError(
-            "no GPU can be used: the package cuda-bindings is missing; pip install 'dfengine[gpu]'", stage="device"
-        ) from None
-    try:
-        pycuda.init()
-        count = pycuda.Device.count()
-    except pycuda.Error as error:
-        raise DeviceError(
-            f"no GPU can be used: the driver says '{first_line(error)}'; nvidia-smi must list the GPU, and in a "
-            "container NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
-            stage="device",
-        ) from None
-    if not 0 <= ordinal < count:
-        raise DeviceError(
-            f"there is no GPU number {ordinal}: the driver shows {count}, counted from 0; see CUDA_VISIBLE_DEVICES",
-            stage="device",
-        )
-    return pycuda, graphs
-
-
 def _close_lanes(lanes: list[Lane], context: Any) -> None:
     """Also at the end of the process, or PyCUDA would complain about what is left."""
     if lanes:
@@ -548,37 +379,3 @@ def _size_class(nbytes: int) -> int:
     """Sizes in steps of a quarter of a power of two, so that memory fits again; at most a fifth is wasted."""
     step = max(_SMALLEST, 1 << max(0, (nbytes - 1).bit_length() - 3))
     return -(-nbytes // step) * step
-
-
-def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _check(graphs: Any, call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of cuda-bindings returned beside its status. Raises DeviceError, in PyCUDA's words."""
-    if result[0] != graphs.CUresult.CUDA_SUCCESS:
-        raise DeviceError(f"{call} failed: {result[0].name}")
-    return result[1:]
-
-
-def says_memory_is_full(text: str) -> bool:
-    """Whether that is what the driver, TensorRT or torch say with their message."""
-    return _FULL.search(text) is not None
-
-
-def _typed(text: str) -> DeviceError | DeviceMemoryError:
-    """The error for what the driver says. Where it happened is known to whoever is in the way."""
-    if says_memory_is_full(text):
-        return DeviceMemoryError(
-            f"the GPU's memory is full ({text}); lower workers or memory_bytes, or stop what else runs on it"
-        )
-    return DeviceError(f"the GPU failed ({text}); if it does so for every video from now on, start the process again")
-
-
-def _why_no_pycuda(error: ImportError) -> str:
-    if "libcuda" in str(error):
-        return f"there is no NVIDIA driver ({first_line(error)}); install it, or start the container with --gpus all"
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "pycuda":
-        return "the package pycuda is missing; pip install 'dfengine[gpu]'"
-    why = first_line(error)
-    return f"the package pycuda cannot be loaded ({why}); build it anew: pip install --force-reinstall pycuda"

@@ -387,7 +387,7 @@ class NvdecDecoder:
 
     def _copy(self, frame: Any) -> Image:
         """A frame in memory of the lane. Raises CannotDecode if it is not what the video's headers state."""
-        from dfengine.gpu.lanes import DeviceArray
+        from dfengine.gpu.array import DeviceArray
 
         assert self._template is not None
         (w, h), kind = self._display_wh, frame.format.name

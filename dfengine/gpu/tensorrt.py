@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 
 from dfengine.errors import DeviceError, DeviceMemoryError, DfengineError, InferenceError, OutputError, first_line
+from dfengine.gpu.array import DeviceArray
 from dfengine.gpu.cache import EngineCache, write_cached
+from dfengine.gpu.driver import says_memory_is_full
 from dfengine.gpu.executor import Executor, Network
-from dfengine.gpu.lanes import DeviceArray, Gpu, Graph, Lane, says_memory_is_full
+from dfengine.gpu.lanes import Gpu, Graph, Lane
 from dfengine.gpu.spec import EngineSpec
 
 log = logging.getLogger("dfengine")

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from dfengine.errors import DeviceMemoryError, DfengineError, InferenceError, first_line
+from dfengine.gpu.array import DeviceArray
+from dfengine.gpu.driver import says_memory_is_full
 from dfengine.gpu.executor import Executor
-from dfengine.gpu.lanes import DeviceArray, Gpu, Lane, says_memory_is_full
+from dfengine.gpu.lanes import Gpu, Lane
 from dfengine.gpu.precision import gather_constants
 from dfengine.gpu.spec import EngineSpec
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import TOLERANCE
 from crop_cases import BOXES, PLAIN, device_cases, interleaved, noise_image
 
-from dfengine.gpu.lanes import DeviceArray, Gpu, Lane
+from dfengine.gpu.array import DeviceArray
+from dfengine.gpu.lanes import Gpu, Lane
 from dfengine.stages import _kernels
 from dfengine.types import Image
 
