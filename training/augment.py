@@ -13,7 +13,8 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import Any, TypedDict
 
 import av
 import numpy as np
@@ -186,7 +187,7 @@ def through_h264(pixels: NDArray[np.uint8], crf: int) -> list[Image]:
     even = np.pad(pixels, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), "edge")
     encoder = av.CodecContext.create("libx264", "w")
     encoder.height, encoder.width = even.shape[1:3]
-    encoder.pix_fmt, encoder.framerate, encoder.thread_count = "yuv420p", 25, 1
+    encoder.pix_fmt, encoder.framerate, encoder.thread_count = "yuv420p", Fraction(25), 1
     encoder.options = {"crf": str(crf), "preset": "veryfast"}
     decoder = av.CodecContext.create("h264", "r")
     decoder.thread_count = 1
@@ -230,14 +231,26 @@ def _take_photo(x: Tensor, camera: NDArray[np.float64], severity: float, exposur
     x = transforms.adjust_brightness(x * white_balance, light)
     x = transforms.adjust_gamma(x.clamp(1e-4, 1), math.exp(0.35 * float(u[4])))
     x = transforms.adjust_contrast(x, 1 + 0.2 * float(u[5]))
-    return transforms.adjust_saturation(x, 1 + 0.3 * float(u[6])).clamp(0, 1)
+    x = transforms.adjust_saturation(x, 1 + 0.3 * float(u[6]))
+    return x.clamp(0, 1)
 
 
 def _blur(x: Tensor, sigma_px: float) -> Tensor:
-    return transforms.gaussian_blur(x, [2 * math.ceil(2.5 * sigma_px) + 1] * 2, [sigma_px] * 2)
+    blurred: Tensor = transforms.gaussian_blur(x, [2 * math.ceil(2.5 * sigma_px) + 1] * 2, [sigma_px] * 2)
+    return blurred
 
 
 # -- a batch -----------------------------------------------------------------------------------------------------------
+
+
+class Mixed(TypedDict):
+    """The fields of a Batch that mixing changes."""
+
+    x: Tensor
+    audio: Tensor | None
+    y: Tensor
+    weight: Tensor
+    mask: Tensor | None
 
 
 def mix(
@@ -248,8 +261,8 @@ def mix(
     mask: Tensor | None,
     settings: AugmentSettings,
     draws: Draws,
-) -> dict[str, Tensor | None]:
-    """Mixup (Zhang et al. 2017, arXiv:1710.09412) and CutMix (Yun et al. 2019, arXiv:1905.04899): fields of a Batch.
+) -> Mixed:
+    """Mixup (Zhang et al. 2017, arXiv:1710.09412) and CutMix (Yun et al. 2019, arXiv:1905.04899).
 
     Not torchvision's: that takes one share a batch from the global generator and mixes with the next row, which depends
     on how many processes share the batch. Here each row has its own share, and its partner is half a batch away: in a
@@ -283,5 +296,5 @@ def mix(
         "audio": None if audio is None else blend(audio, taken),
         "y": blend(y, taken),
         "weight": blend(weight, taken),
-        "mask": None if mask is None else blend(mask, F.adaptive_avg_pool2d(by_pixel, mask.shape[-2:])),
+        "mask": None if mask is None else blend(mask, F.adaptive_avg_pool2d(by_pixel, (mask.size(-2), mask.size(-1)))),
     }

@@ -41,7 +41,9 @@ class VideoLogits:
         """(rows, logits (n, K), sides (n, K)) of the videos of each number of tracks."""
         counts = np.array([len(t) for t in self.tracks])
         groups = [np.flatnonzero(counts == k) for k in np.unique(counts)]
-        return [(g, np.stack([self.tracks[i] for i in g]), np.stack([self.sides[i] for i in g])) for g in groups]
+        return [
+            (g, np.stack([self.tracks[int(i)] for i in g]), np.stack([self.sides[int(i)] for i in g])) for g in groups
+        ]
 
     def calibrated(self, calibration: Calibration) -> F64:
         """The engine's logits of the videos, (N,)."""

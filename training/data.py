@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -393,8 +393,8 @@ class Batches:
         donors = {key: self.draw_donor(r, np.random.default_rng((self.seed, *key, 1))) for key, r in rows.items()}
         wanted = np.concatenate([*rows.values(), *donors.values()])
         unique, place = np.unique(wanted, return_inverse=True)  # a self-blended image is its own donor: read it once
-        place = torch.from_numpy(place).to(self.device)
-        rgb, boxes, landmarks = (t[place].chunk(2) for t in self.canvases(unique))
+        back = torch.from_numpy(place).to(self.device)
+        rgb, boxes, landmarks = (t[back].chunk(2) for t in self.canvases(unique))
         draws = Draws([(self.seed, *key, 2) for key, r in rows.items() for _ in r], self.device)
         made = make_pairs(rgb[0], boxes[0], landmarks[0], rgb[1], landmarks[1], self.fakes, draws)
         parts = {f.name: getattr(made, f.name).unflatten(0, (len(rows), -1)) for f in fields(Pairs)}
@@ -408,16 +408,18 @@ class Batches:
         scale = spec.input_hw[0] / (wide[:, None, 2:] - wide[:, None, :2])  # (N, 1, 2)
         boxes = (faces.box[rows].reshape(-1, 2, 2) - wide[:, None, :2]) * scale
         landmarks = (self._landmarks[rows] - wide[:, None, :2]) * scale
-        tensors = (
-            torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (rgb, boxes.reshape(-1, 4), landmarks)
-        )
-        return tuple(t.to(self.device) for t in tensors)  # type: ignore[return-value]
+
+        def tensor(values: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
+
+        return tensor(rgb), tensor(boxes.reshape(-1, 4)), tensor(landmarks)
 
     def _cut_canvas(self, row: int) -> NDArray[np.uint8]:
         """(3, S, S)"""
         box = self.faces.in_crop(row, self.faces.box[row].reshape(2, 2)).reshape(1, 4)
-        rgb = crop_faces([Image.from_rgb(self.faces.read_crop(row))], box, np.zeros(1, np.int64), self._canvas)[0]
-        return (rgb * 255).round().clip(0, 255).astype(np.uint8)
+        image = Image.from_rgb(self.faces.read_crop(row))
+        rgb = np.asarray(crop_faces([image], box, np.zeros(1, np.int64), self._canvas), np.float32)[0]
+        return np.asarray((rgb * 255).round().clip(0, 255), np.uint8)
 
     def draw_donor(self, rows: I64, rng: np.random.Generator) -> I64:
         """Whose face a pseudo-fake of ``rows`` gets, (T,): their own, or that of another source."""
@@ -431,7 +433,7 @@ class Batches:
         shape = self._landmark_shape(np.append(rows[:1], others))
         donor = others[int(np.argmin(((shape[1:] - shape[0]) ** 2).sum(axis=(1, 2))))]
         of_video = self._videos[faces.path[donor]]
-        later = of_video[(faces.track[of_video] == faces.track[donor]) & (of_video >= donor)]
+        later: I64 = of_video[(faces.track[of_video] == faces.track[donor]) & (of_video >= donor)]
         return later[np.minimum(np.arange(len(rows)), len(later) - 1)]
 
     def _landmark_shape(self, rows: I64) -> F32:
@@ -457,7 +459,7 @@ def _trim(pictures: Sequence[NDArray[np.uint8]], boxes: F32, spec: ModelSpec) ->
     wide = crop_boxes(boxes, spec)
     x1, y1 = np.maximum(np.floor(wide[:, :2].min(axis=0)) - TRIM_PX, 0).astype(int)
     x2, y2 = (np.ceil(wide[:, 2:].max(axis=0)) + TRIM_PX).astype(int)
-    return [np.ascontiguousarray(p[y1:y2, x1:x2]) for p in pictures], boxes - np.float32([x1, y1, x1, y1])
+    return [np.ascontiguousarray(p[y1:y2, x1:x2]) for p in pictures], boxes - np.array([x1, y1, x1, y1], np.float32)
 
 
 def _fill_landmarks(faces: FaceTable) -> F32:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec
 from dfengine.errors import DfengineError
 from dfengine.settings import from_plain
-from dfengine.stages.aggregate import pool_rows
+from dfengine.stages.aggregate import PooledTracks, pool_rows
 from dfengine.stages.audio import load_log_mel
 from dfengine.types import F32, F64, I64, Tracks
 
@@ -72,8 +72,9 @@ def load_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
         raise CheckpointError(
             f"this is a checkpoint of kind {state.get('kind')!r}; give a run's best.safetensors", path=path
         )
+    plain: Any = state.get("recipe")  # build_recipe says what it should be
     try:
-        recipe = build_recipe(state.get("recipe"), str(path))
+        recipe = build_recipe(plain, str(path))
     except RecipeError as error:
         raise CheckpointError(f"its recipe is none of this version ({error.message})", path=path) from None
     if not isinstance(state.get("name"), str):
@@ -118,12 +119,38 @@ class Scored:
         return len(self.video)
 
 
+@dataclass(frozen=True, eq=False)
+class ScoredVideo:
+    """One of them."""
+
+    video: str
+    label: float
+    source_id: str
+    original: str | None
+    dataset: str
+    tracks: PooledTracks
+    sharpness: float
+
+
+def collect(videos: Sequence[ScoredVideo], rule: str) -> Scored:
+    """``rule``: how the tracks of a video make its score, Aggregation.tracks."""
+    return Scored(
+        [v.video for v in videos],
+        np.array([v.label for v in videos]),
+        [v.source_id for v in videos],
+        [v.original for v in videos],
+        [v.dataset for v in videos],
+        VideoLogits([v.tracks.blend for v in videos], [v.tracks.sides for v in videos], rule),
+        np.array([v.sharpness for v in videos]),
+    )
+
+
 # By video: the label, and by row of the table the logit and the sharpness, each with where its clip begins.
 Predictions = dict[str, tuple[float, dict[int, tuple[int, float, float]]]]
 
 
 def make_evaluation_batches(
-    table: FaceTable, trained: Trained, split: str, device: torch.device | str = "cpu", **ranks: int
+    table: FaceTable, trained: Trained, split: str, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
 ) -> Batches:
     recipe = trained.recipe
     return Batches(
@@ -138,7 +165,8 @@ def make_evaluation_batches(
         device=device,
         audio=make_listener(trained.spec),
         training=False,
-        **ranks,
+        rank=rank,
+        world=world,
     )
 
 
@@ -193,7 +221,7 @@ def sharpness(crops: Tensor) -> F32:
 def score_videos(faces: FaceTable, predictions: Mapping[str, Predictions], bundle: Bundle) -> Scored:
     """Pools the members' predictions for ``faces`` by track, as the engine does, and leaves them uncalibrated."""
     first = next(iter(predictions.values()))
-    columns: list[tuple[Any, ...]] = []
+    scored: list[ScoredVideo] = []
     for video, (label, rows_of) in first.items():
         rows = np.array(sorted(rows_of), np.int64)
         tracks = make_tracks(faces, rows)
@@ -205,16 +233,14 @@ def score_videos(faces: FaceTable, predictions: Mapping[str, Predictions], bundl
         sharp = float(np.mean([s for _, _, s in rows_of.values()]))
         path, row = video.removesuffix("#fake"), rows[0]
         original = path if path != video else faces.original[row]
-        columns.append((video, label, faces.source_id[row], original, faces.dataset[row], pooled, sharp))
-    video, label, source_id, original, dataset, pooled, sharp = (list(c) for c in zip(*columns, strict=True))
-    logits = VideoLogits([p.blend for p in pooled], [p.sides for p in pooled], bundle.aggregation.tracks)
-    return Scored(video, np.array(label), source_id, original, dataset, logits, np.array(sharp))
+        scored.append(ScoredVideo(video, label, faces.source_id[row], original, faces.dataset[row], pooled, sharp))
+    return collect(scored, bundle.aggregation.tracks)
 
 
 def make_tracks(faces: FaceTable, rows: I64) -> Tracks:
     """Rows of one video as the engine has them."""
     part = faces[rows]
-    detected = np.isfinite(part.landmarks).all(axis=(1, 2))
+    detected = np.asarray(np.isfinite(part.landmarks).all(axis=(1, 2)), np.bool_)
     frame = np.arange(len(rows), dtype=np.int64)
     return Tracks(part.track, frame, part.index, part.pts_seconds, part.box, part.landmarks, part.confidence, detected)
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.jit import TracerWarning  # type: ignore[attr-defined] # torch documents it and does not export it
 
 from dfengine.bundle import Bundle, Calibration, ModelSpec, to_json
 from dfengine.engine import Engine
 from dfengine.errors import DfengineError
 from dfengine.runtime import CpuDevice
 
+from .data import Batches
 from .errors import ExportError
 from .evaluate import (
     Trained,
@@ -98,7 +100,7 @@ def write_onnx(trained: Trained, folder: Path) -> ModelSpec:
         # holds the weights. torch warns that it will go away, that the sizes of a padding are computed anew in each
         # call, and that an LSTM may not take other batch sizes: that it does is checked below.
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TracerWarning)
         warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
         warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size other than 1", UserWarning)
         torch.onnx.export(
@@ -143,13 +145,7 @@ def check_logits(trained: Trained, bundle: Bundle, table: FaceTable) -> float:
 def check_engine(trained: Sequence[Trained], bundle: Bundle, videos: Sequence[Path], scratch: Path) -> float:
     """The largest difference of a video's p_fake between the engine and the training pipeline. Raises ExportError."""
     with Engine(bundle) as engine:
-        scores = [engine.score(video) for video in videos]
-    for video, score in zip(videos, scores, strict=True):
-        if score.p_fake is None:
-            why = score.error.message if score.error else "no face was found"
-            raise ExportError(
-                f"the engine has no score to compare ({why}); give a video with a face by --video", path=video
-            )
+        p_fake = [score_video(engine, video) for video in videos]
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         files = [f"{i}{video.suffix}" for i, video in enumerate(videos)]
@@ -167,11 +163,11 @@ def check_engine(trained: Sequence[Trained], bundle: Bundle, videos: Sequence[Pa
         scored = score_videos(table.split("val").faces, found, bundle)
     trained_p = dict(zip(scored.video, scored.logits.p_fake(bundle.calibration), strict=True))
     largest = 0.0
-    for file, video, score in zip(files, videos, scores, strict=True):
-        difference = abs(float(trained_p[file]) - score.p_fake)
+    for file, video, p in zip(files, videos, p_fake, strict=True):
+        difference = abs(float(trained_p[file]) - p)
         if not difference <= MAX_P_DIFFERENCE:
             raise ExportError(
-                f"the engine gives p_fake {score.p_fake:.5f}, the training pipeline on the same frames "
+                f"the engine gives p_fake {p:.5f}, the training pipeline on the same frames "
                 f"{trained_p[file]:.5f}; allowed is a difference of {MAX_P_DIFFERENCE}: the network would not be given "
                 "what it was trained on",
                 path=video,
@@ -180,7 +176,18 @@ def check_engine(trained: Sequence[Trained], bundle: Bundle, videos: Sequence[Pa
     return largest
 
 
-def _without_fakes(table: FaceTable, trained: Trained) -> Any:
+def score_video(engine: Engine, video: Path) -> float:
+    """The engine's p_fake. Raises ExportError if there is none."""
+    score = engine.score(video)
+    if score.p_fake is None:
+        why = score.error.message if score.error else "no face was found"
+        raise ExportError(
+            f"the engine has no score to compare ({why}); give a video with a face by --video", path=video
+        )
+    return score.p_fake
+
+
+def _without_fakes(table: FaceTable, trained: Trained) -> Batches:
     """The evaluation batches of the faces as they are."""
     recipe = trained.recipe
     plain = dataclasses.replace(recipe, fakes=dataclasses.replace(recipe.fakes, ratio=0.0))

@@ -127,7 +127,7 @@ def find_faces(path: Path, is_photo: bool, detector: Detector, settings: Extract
     for frames, rows in people.each(_one_photo(path) if is_photo else _video_frames(path, settings)):
         regions += [cut_region(frames.images[f], box, settings) for f, box in zip(rows.frame, rows.xyxy, strict=True)]
     rows, order = people.finish()
-    kept = range(len(rows))
+    kept = list(range(len(rows)))
     if is_photo and len(rows):  # of one person: others in the picture are nobody we know
         kept = [int(np.argmax(np.prod(rows.xyxy[:, 2:] - rows.xyxy[:, :2], axis=1)))]
     for r in kept:

@@ -310,7 +310,8 @@ def rotate(points: Tensor, radians: Tensor) -> Tensor:
 def fit_affine(points: Tensor, onto: Tensor) -> Tensor:
     """The affine maps that bring points (B, P, 2) closest to others in the sense of least squares."""
     ones = torch.ones_like(points[..., :1])
-    return torch.linalg.lstsq(torch.cat([points, ones], dim=2), onto).solution.transpose(1, 2)
+    solution: Tensor = torch.linalg.lstsq(torch.cat([points, ones], dim=2), onto).solution
+    return solution.transpose(1, 2)
 
 
 def pixel_centres(size: int, device: torch.device | str = "cpu") -> Tensor:

@@ -18,6 +18,7 @@ the share of real pictures that are taken for fakes, by where the photos come fr
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,12 +37,14 @@ from dfengine.stages.crop import crop_faces
 from dfengine.types import F32, F64, I64, Image
 
 from .augment import AugmentSettings, Draws, downscale, through_h264, through_jpeg
-from .calibration import VideoLogits, fit_calibration
+from .calibration import fit_calibration
 from .data import Batches, DataSettings
 from .evaluate import (
     THRESHOLD,
     Scored,
+    ScoredVideo,
     Trained,
+    collect,
     load_trained,
     make_bundle,
     make_report,
@@ -130,14 +133,21 @@ def _aligned_points() -> Tensor:
     return ((FIVE_POINTS - CENTRE) / 2.6 + 0.5) * FACE_SIDE
 
 
+def make_blended(
+    rgb: Tensor, xyxy: Tensor, landmarks: Tensor, donors: Tensor, donor_landmarks: Tensor, draws: Draws
+) -> Pairs:
+    """What training.fakes makes by its defaults."""
+    return make_pairs(rgb, xyxy, landmarks, donors, donor_landmarks, FakeSettings(), draws)
+
+
 def make_autoencoded(
     rgb: Tensor,
     xyxy: Tensor,
     landmarks: Tensor,
     donors: Tensor,
     donor_landmarks: Tensor,
-    net: Autoencoder,
     draws: Draws,
+    net: Autoencoder,
 ) -> Pairs:
     own = draws.chance(0.5)[:, None, None, None]
     size, pose = rgb.shape[-1], random_pose(xyxy, draws)
@@ -180,7 +190,7 @@ def make_grafted(
 def inner_mask(landmarks: Tensor, size: int, edge: float) -> Tensor:
     """An ellipse over brows to chin, (B, 1, size, size); its edge is ``edge`` of its half axes wide."""
     at = transform(fit_affine(landmarks, FIVE_POINTS.expand(len(landmarks), 5, 2)), pixel_centres(size))
-    inside = 1 - ((at - CENTRE) / INNER).norm(dim=2)
+    inside: Tensor = 1 - ((at - CENTRE) / INNER).norm(dim=2)
     return (inside / edge + 0.5).clamp(0, 1).view(-1, 1, size, size)
 
 
@@ -195,7 +205,9 @@ def thin_plate(points: Tensor, onto: Tensor, at: Tensor) -> Tensor:
 
     rows = basis(points)
     below = torch.cat([rows[:, :, k:].transpose(1, 2), torch.zeros(b, 3, 3)], dim=2)
-    weights = torch.linalg.solve(torch.cat([rows, below], dim=1), torch.cat([onto, torch.zeros(b, 3, 2)], dim=1))
+    weights: Tensor = torch.linalg.solve(
+        torch.cat([rows, below], dim=1), torch.cat([onto, torch.zeros(b, 3, 2)], dim=1)
+    )
     return basis(at[None]) @ weights
 
 
@@ -268,11 +280,10 @@ class HeldOut:
         parts = torch.arange(len(known.faces)).split(BATCH)
         canvases = (known.canvases(part.numpy()) for part in parts)
         net = Autoencoder(torch.cat([align(rgb, landmarks) for rgb, _, landmarks in canvases]))
-        settings = FakeSettings()
         self._families: dict[str, tuple[Batches, Family]] = {
-            "self_blended": (self._selves, lambda *faces: make_pairs(*faces[:5], settings, faces[5])),
-            "swap": (self._swaps, lambda *faces: make_pairs(*faces[:5], settings, faces[5])),
-            "autoencoder": (self._swaps, lambda *faces: make_autoencoded(*faces[:5], net, faces[5])),
+            "self_blended": (self._selves, make_blended),
+            "swap": (self._swaps, make_blended),
+            "autoencoder": (self._swaps, functools.partial(make_autoencoded, net=net)),
             "graft": (self._swaps, make_grafted),
         }
 
@@ -322,7 +333,7 @@ def degrade(picture: Tensor, box: F32, level: Level) -> tuple[Image, F32]:
 @torch.no_grad()
 def score(trained: Sequence[Trained], bundle: Bundle, held_out: HeldOut) -> Scored:
     """Every picture as a video of its own, uncalibrated; its dataset is its family and level."""
-    columns: list[tuple[Any, ...]] = []
+    scored: list[ScoredVideo] = []
     faces = held_out.faces
     for pictures in held_out:
         logits, sharp = {}, None
@@ -338,8 +349,8 @@ def score(trained: Sequence[Trained], bundle: Bundle, held_out: HeldOut) -> Scor
             tracks = make_tracks(faces, np.array([row]))
             name = f"{faces.path[row]}#{pictures.family}{pictures.view}{pictures.level}"
             dataset = f"{pictures.family} {pictures.level}"
-            columns.append(
-                (
+            scored.append(
+                ScoredVideo(
                     f"{name}#fake" if is_fake else name,
                     float(is_fake),
                     faces.source_id[row],
@@ -349,9 +360,7 @@ def score(trained: Sequence[Trained], bundle: Bundle, held_out: HeldOut) -> Scor
                     float(sharp[i]),
                 )
             )
-    video, label, source_id, original, dataset, pooled, sharp_all = (list(c) for c in zip(*columns, strict=True))
-    blends = VideoLogits([p.blend for p in pooled], [p.sides for p in pooled], bundle.aggregation.tracks)
-    return Scored(video, np.array(label), source_id, original, dataset, blends, np.array(sharp_all))
+    return collect(scored, bundle.aggregation.tracks)
 
 
 def count_false_positives(scored: Scored, faces: FaceTable, p_fake: F64) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -139,16 +139,20 @@ class Network(nn.Module):
         (B, 1, h, w).
         """
         if self.settings.mask_head and self.training:
+            assert isinstance(self.backbone, FaceNet), "only FaceNet has a mask head, as ModelSettings checks"
             features, cells = self.backbone.forward_with_mask(x)
             return self.head(features), cells
+        logits: Tensor
         if self.lstm is None:
-            return self.head(self.backbone(x))
+            logits = self.head(self.backbone(x))
+            return logits
         features = self.backbone(x.flatten(0, 1))  # (B T, width)
-        last = self.lstm(features.view(-1, self.settings.clip_frames, features.shape[1]))[0][:, -1]
+        last: Tensor = self.lstm(features.view(-1, self.settings.clip_frames, features.shape[1]))[0][:, -1]
         if self.ears is not None:
             assert log_mel is not None, "a network that hears needs a log-mel"
             last = torch.cat([last, self.ears(log_mel)], dim=1)
-        return self.head(last)
+        logits = self.head(last)
+        return logits
 
 
 def make_network(settings: ModelSettings, seed: int) -> Network:
@@ -234,7 +238,8 @@ class Ears(nn.Module):
 
     def forward(self, log_mel: Tensor) -> Tensor:
         present = (log_mel.amax(dim=(1, 2)) > 0).to(log_mel.dtype)
-        return self.out(self.convolutions(log_mel).amax(dim=2)) * present[:, None]
+        embedding: Tensor = self.out(self.convolutions(log_mel).amax(dim=2))
+        return embedding * present[:, None]
 
 
 def make_backbone(settings: ModelSettings, *, fetch: bool) -> tuple[nn.Module, int]:
@@ -255,14 +260,14 @@ def make_backbone(settings: ModelSettings, *, fetch: bool) -> tuple[nn.Module, i
         if name.split(".")[0] not in timm.list_models():
             near = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:8]) or "see timm.list_models()"
             raise OptionError(f"model.backbone: timm has no {name!r}; near it: {near}")
-        options = {"num_classes": 0, "global_pool": settings.pool}
+        options: dict[str, Any] = {"num_classes": 0, "global_pool": settings.pool}
         net = timm.create_model(name, pretrained=False, **options)
         make = lambda: timm.create_model(name, pretrained=True, **options)  # noqa: E731
     if settings.pool != "avg" and name in ("face_net", "conv_pool", "inception_resnet_v1"):
         raise OptionError(f"model.pool: {name} pools in its own way; leave pool out, or take a backbone of timm")
     if fetch and pretrained is True:
         net = _published(name, make)
-    elif fetch and pretrained:
+    elif fetch and isinstance(pretrained, str) and pretrained:
         _load_backbone(net, Path(pretrained))
     with torch.no_grad():
         width = net.eval()(torch.zeros(1, 3, *settings.input_hw)).shape[1]
@@ -272,7 +277,7 @@ def make_backbone(settings: ModelSettings, *, fetch: bool) -> tuple[nn.Module, i
 def _inception_of_vggface2() -> nn.Module:
     from facenet_pytorch import InceptionResnetV1
 
-    net = InceptionResnetV1(pretrained="vggface2")
+    net: nn.Module = InceptionResnetV1(pretrained="vggface2")
     del net.logits  # of the identities it was trained on: 4.4 million numbers that no feature goes through
     return net
 
@@ -323,6 +328,7 @@ MASK_STAGES = 3  # the mask is read off after so many stages
 class WithDetail(nn.Module):
     """Crops and their fine detail side by side: (B, 3, H, W) -> (B, 6, H, W). See Note [Why detail is an input]."""
 
+    kernel: Tensor
     GAIN, LIMIT = 8.0, 2.0  # about the strength of the colours; beyond the limit are hard edges, which those show too
 
     def __init__(self) -> None:
@@ -355,7 +361,8 @@ class FaceNet(nn.Module):
         self.mask_head = nn.Conv2d(WIDTHS[MASK_STAGES - 1], 1, 1) if mask_head else None
 
     def forward(self, crops: Tensor) -> Tensor:
-        return self.top(self.body(self.stem(crops))).mean(dim=(2, 3))
+        features: Tensor = self.top(self.body(self.stem(crops)))
+        return features.mean(dim=(2, 3))
 
     def forward_with_mask(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """Also gives logits of the share of fake pixels in each cell of 16 px, (B, 1, H / 16, W / 16)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +104,13 @@ def cosine_factor(share: float, warm_up: float, least: float) -> float:
     return least + (1 - least) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, (share - warm_up) / (1 - warm_up))))
 
 
-class Average:
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
+
+
+class Average(Generic[AnyNetwork]):
     """The moving average of a network's weights and statistics."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: AnyNetwork, decay: float) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False)
         self._decay = decay
 

@@ -103,7 +103,7 @@ def _check_keys(cls: type, table: Any, where: str, name: str) -> None:
             hint = f"the nearest known is {near[0]!r}" if near else f"known are {', '.join(sorted(known))}"
             raise RecipeError(f"{where}: [{name or 'the top level'}] has an unknown key {key!r}; {hint}")
         hint = get_type_hints(cls)[key]
-        if dataclasses.is_dataclass(hint) and not hasattr(hint, "parse"):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not hasattr(hint, "parse"):
             _check_keys(hint, value, where, f"{name}.{key}" if name else key)
 
 

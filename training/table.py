@@ -91,7 +91,7 @@ class FaceTable:
             return np.array(table[name].to_pylist(), object)
 
         def number(name: str, dtype: Any, fill: float = 0) -> NDArray[Any]:
-            return table[name].fill_null(fill).to_numpy().astype(dtype)
+            return np.asarray(table[name].fill_null(fill).to_numpy().astype(dtype))
 
         def vector(name: str, dtype: Any, width: int) -> NDArray[Any]:
             column = table[name].combine_chunks()

@@ -47,7 +47,7 @@ from .evaluate import (
     predict,
     score_videos,
 )
-from .models import make_network
+from .models import Network, make_network
 from .optimise import Average, Schedule, label_loss, make_optimiser, mask_loss, order_loss
 from .progress import Bar, Done, write_history
 from .recipe import Recipe, load_recipe
@@ -76,7 +76,7 @@ class Trainer:
         self.seen = torch.zeros(0, 3)  # of this epoch: loss, logit, label of every row
 
     @property
-    def kept(self) -> nn.Module:
+    def kept(self) -> Network:
         """The network that is validated and kept."""
         return self.average.network if self.average else self.network
 
@@ -89,32 +89,14 @@ class Trainer:
         s, world, done = self.settings, self.world, self.done
         torch.manual_seed((s.seed * 1_000_003 + done.total_steps) * 4099 + world.rank)  # dropout
         self.forward.train()
-        kind = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.amp]
-        with torch.autocast(world.device.type, kind, enabled=s.amp != "off"):
-            out = self.forward(batch.x, batch.audio)
-        logits, cells = out if s.mask_weight else (out, None)
-        logits = logits.float().squeeze(1)
-        losses = label_loss(logits, batch.y, s.label_smoothing)
-        if s.mask_weight:
-            if batch.mask is None:
-                raise TrainingError("train.mask_weight needs pseudo-fakes, and the batch has none; set fakes.ratio")
-            losses = losses + s.mask_weight * mask_loss(cells.float(), batch.mask)
+        logits, losses = self._losses(batch)
         mine = torch.stack([losses.detach(), logits.detach(), batch.y, batch.weight], dim=1)
         whole = world.gather_rows(mine, s.batch)
         # DDP takes the mean over processes of these sums: the weighted mean over the whole batch.
         loss = (losses * batch.weight).sum() / whole[:, 3].sum() * world.size
         if s.order_weight:
             loss = loss + s.order_weight * order_loss(logits, batch.y, batch.source_id)
-        self.optimiser.zero_grad()
-        self.scaler.scale(loss).backward()
-        if s.clip_norm:
-            self.scaler.unscale_(self.optimiser)
-            nn.utils.clip_grad_norm_(self.network.parameters(), s.clip_norm)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else the gradients overflowed float16, and no step was taken
-            self.schedule.after_step()
+        self._descend(loss)
         done.step += 1
         done.total_steps += 1
         if self.average:
@@ -127,11 +109,37 @@ class Trainer:
             )
         return mean
 
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and losses of labels and masks of this process's rows, both (b,)."""
+        s = self.settings
+        kind = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.amp]
+        with torch.autocast(self.world.device.type, kind, enabled=s.amp != "off"):
+            out = self.forward(batch.x, batch.audio)
+        logits: Tensor = (out[0] if s.mask_weight else out).float().squeeze(1)
+        losses = label_loss(logits, batch.y, s.label_smoothing)
+        if s.mask_weight:
+            if batch.mask is None:
+                raise TrainingError("train.mask_weight needs pseudo-fakes, and the batch has none; set fakes.ratio")
+            losses = losses + s.mask_weight * mask_loss(out[1].float(), batch.mask)
+        return logits, losses
+
+    def _descend(self, loss: Tensor) -> None:
+        self.optimiser.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.settings.clip_norm:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # else the gradients overflowed float16, and no step was taken
+            self.schedule.after_step()
+
     def end_epoch(self, validation: dict[str, float]) -> bool:
         """Notes the epoch's numbers; returns whether its network is the best so far."""
         loss, logits, labels = (c.numpy() for c in self.seen.double().T)
         labels = (labels > 0.5).astype(float)  # mixed ones count as what they are more of
-        row = {
+        row: dict[str, float] = {
             "epoch": self.done.epoch + 1,
             "lr": self.optimiser.param_groups[0]["lr"],
             "loss": float(loss.mean()),  # of labels and masks, without the weights of classes
@@ -201,7 +209,12 @@ class Trainer:
 
     def save_best(self, path: Path, about: dict[str, Any]) -> None:
         """The network alone, for training.evaluate and training.export."""
-        state = {"kind": "best", "name": self.name, "recipe": to_plain(self.recipe), "torch": torch.__version__}
+        state: dict[str, Any] = {
+            "kind": "best",
+            "name": self.name,
+            "recipe": to_plain(self.recipe),
+            "torch": torch.__version__,
+        }
         state |= {"epochs": self.done.epoch, "steps": self.done.total_steps, "validation": self.done.history[-1]}
         save_checkpoint(path, self.kept.state_dict(), state | about)
 
@@ -219,6 +232,27 @@ def check_same_recipe(former: Any, now: Any, path: Path, where: str = "") -> Non
         )
 
 
+class Validation:
+    """The validation split, scored as the engine would without a calibration."""
+
+    def __init__(self, table: FaceTable, trained: Trained, world: World) -> None:
+        self._trained, self._world = trained, world
+        self._batches = make_evaluation_batches(table, trained, "val", world.device, rank=world.rank, world=world.size)
+        self._bundle = make_bundle([trained], [trained.spec])
+
+    def measure(self) -> dict[str, float]:
+        """Log loss, accuracy and AUC by video, the same in all processes."""
+        mine = predict(self._trained.network, self._batches.epoch(0))
+        predictions = {self._trained.name: self._world.gather_predictions(mine)}
+        scored = score_videos(self._batches.faces, predictions, self._bundle)
+        p_fake = scored.logits.p_fake(Calibration())
+        return {
+            "log_loss": metrics.log_loss(scored.label, p_fake),
+            "accuracy": metrics.accuracy(scored.label, p_fake),
+            "auc": metrics.auc(scored.label, p_fake),
+        }
+
+
 def train(
     recipe: Recipe, name: str, faces: Path, out: Path, *, resume: bool = False, world: World | None = None
 ) -> dict[str, float]:
@@ -226,7 +260,6 @@ def train(
     world = world or World()
     table = FaceTable.load(faces)
     spec, s = recipe.model.spec(name), recipe.train
-    ranks = {"rank": world.rank, "world": world.size}
     batches = Batches(
         table,
         spec,
@@ -238,7 +271,8 @@ def train(
         batch=s.batch,
         device=world.device,
         audio=make_listener(spec),
-        **ranks,
+        rank=world.rank,
+        world=world.size,
     )
     digest = hashlib.sha256((faces / "faces.parquet").read_bytes()).hexdigest()
     trainer = Trainer(recipe, name, digest, len(batches), world)
@@ -246,9 +280,7 @@ def train(
         if not resume:
             raise TrainingError("there is a run already; go on with --resume, or give another folder", path=out)
         trainer.load(out / LAST)
-    kept = Trained(name, trainer.kept, recipe, {}, "")
-    validation = make_evaluation_batches(table, kept, "val", world.device, **ranks)
-    bundle = make_bundle([kept], [spec])
+    validation = Validation(table, Trained(name, trainer.kept, recipe, {}, ""), world)
     about = describe_data(table)
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -263,16 +295,7 @@ def train(
                     trainer.save(out / LAST)
             for network in (trainer.network, trainer.kept):  # batch statistics: what is validated is what is saved
                 world.share_buffers(network)
-            predictions = world.gather_predictions(predict(trainer.kept, validation.epoch(0)))
-            scored = score_videos(validation.faces, {name: predictions}, bundle)
-            p_fake = scored.logits.p_fake(Calibration())
-            better = trainer.end_epoch(
-                {
-                    "log_loss": metrics.log_loss(scored.label, p_fake),
-                    "accuracy": metrics.accuracy(scored.label, p_fake),
-                    "auc": metrics.auc(scored.label, p_fake),
-                }
-            )
+            better = trainer.end_epoch(validation.measure())
             if world.rank == 0:
                 if better:
                     trainer.save_best(out / BEST, about)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dfengine.errors import DeviceError, DeviceMemoryError
+from dfengine.errors import DeviceError, DeviceMemoryError, first_line
 
 __all__ = ["check_result", "find_driver", "refusal", "says_memory_is_full"]
 
@@ -31,8 +31,8 @@ def find_driver(ordinal: int) -> tuple[Any, Any]:
         count = pycuda.Device.count()
     except pycuda.Error as error:
         raise DeviceError(
-            f"no GPU can be used: the driver says '{error}'; nvidia-smi must list the GPU, and in a container "
-            "NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
+            f"no GPU can be used: the driver says '{first_line(error)}'; nvidia-smi must list the GPU, and in a "
+            "container NVIDIA_DRIVER_CAPABILITIES must hold compute,utility,video",
             stage="device",
         ) from None
     if not 0 <= ordinal < count:
@@ -66,7 +66,8 @@ def says_memory_is_full(text: str) -> bool:
 
 def _why_no_pycuda(error: ImportError) -> str:
     if "libcuda" in str(error):
-        return f"there is no NVIDIA driver ({error}); install it, or start the container with --gpus all"
+        return f"there is no NVIDIA driver ({first_line(error)}); install it, or start the container with --gpus all"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "pycuda":
         return "the package pycuda is missing; pip install 'dfengine[gpu]'"
-    return f"the package pycuda cannot be loaded ({error}); build it anew: pip install --force-reinstall pycuda"
+    why = first_line(error)
+    return f"the package pycuda cannot be loaded ({why}); build it anew: pip install --force-reinstall pycuda"
