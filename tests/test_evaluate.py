@@ -22,10 +22,11 @@ from dfengine import Engine
 from dfengine.bundle import Aggregation, Bundle, Calibration, ModelSpec
 from dfengine.stages.aggregate import judge, pool_rows, sigmoid
 from dfengine.types import Tracks
-from training import evaluate, export, train
+from training import evaluate, export, scoring, train
 from training.calibration import VideoLogits, fit_calibration
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, ExportError, TrainingError
+from training.report import NUMBERS, measure, print_report, read_evaluation
 from training.table import FaceTable
 
 RECIPE = """
@@ -103,7 +104,7 @@ def test_each_dataset_has_its_numbers(report: tuple[dict, Path]) -> None:
     assert report[0]["not_scored"] == {"lost.mp4": "no face was found"}
     for row in datasets.values():
         assert "calibration_error_95" not in row, "resampling moves it to one side"
-        for name in set(evaluate.NUMBERS) - {"calibration_error"}:
+        for name in set(NUMBERS) - {"calibration_error"}:
             low, high = row[f"{name}_95"]
             assert low <= row[name] <= high, name
         assert row["auc_above_sharpness"] == pytest.approx(row["auc"] - row["sharpness_auc"])
@@ -117,28 +118,28 @@ def test_the_files(report: tuple[dict, Path], capsys: pytest.CaptureFixture[str]
     assert json.loads((out / "evaluation.json").read_text())["by_dataset"].keys() == found["by_dataset"].keys()
     assert len((out / "predictions.csv").read_text().splitlines()) == 1 + 20
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("roc.png", "reliability.png"))
-    evaluate.print_report(found)
+    print_report(found)
     assert "log loss" in capsys.readouterr().out
 
 
-def predictions(table: FaceTable, trained: evaluate.Trained, split: str) -> evaluate.Predictions:
-    return evaluate.predict(trained.network, evaluate.make_evaluation_batches(table, trained, split).epoch(0))
+def predictions(table: FaceTable, trained: scoring.Trained, split: str) -> scoring.Predictions:
+    return scoring.predict(trained.network, scoring.make_evaluation_batches(table, trained, split).epoch(0))
 
 
 def test_videos_are_judged_as_the_engine_judges(checkpoints: list[Path], faces: Path) -> None:
     table = FaceTable.load(faces)
-    trained = [evaluate.load_trained(path) for path in checkpoints]
+    trained = [scoring.load_trained(path) for path in checkpoints]
     found = {t.name: predictions(table, t, "test") for t in trained}
-    bundle = evaluate.make_bundle(trained, [t.spec for t in trained])
+    bundle = scoring.make_bundle(trained, [t.spec for t in trained])
     assert bundle.aggregation == Aggregation(frames="mean", members="geometric_mean")
-    scored = evaluate.score_videos(table.split("test").faces, found, bundle)
+    scored = scoring.score_videos(table.split("test").faces, found, bundle)
     name = scored.video[0]
     rows = sorted(found["a"][name][1])
     assert len(rows) == 3
     by_frame = {m: sigmoid(np.array([found[m][name][1][r][1] for r in rows])).mean() for m in ("a", "b")}
     log_p = (np.log(by_frame["a"]) + 2 * np.log(by_frame["b"])) / 3
     assert scored.logits.p_fake(Calibration())[0] == pytest.approx(np.exp(log_p), abs=1e-6)
-    tracks = evaluate.make_tracks(table.split("test").faces, np.array(rows))
+    tracks = scoring.make_tracks(table.split("test").faces, np.array(rows))
     verdict = judge(tracks, {m: np.array([found[m][name][1][r][1] for r in rows]) for m in ("a", "b")}, bundle)
     assert verdict.logit == scored.logits.calibrated(bundle.calibration)[0]
 
@@ -157,8 +158,8 @@ def test_networks_that_see_different_fakes_are_not_blended(tmp_path: Path) -> No
     with pytest.raises(TrainingError, match=r"'a' and 'b' make different ones \(their recipes differ in \[fakes\]"):
         evaluate.evaluate([a, b], folder, tmp_path / "out", split="val")
     table = FaceTable.load(folder)
-    batches = {p: evaluate.make_evaluation_batches(table, evaluate.load_trained(p), "val") for p in (a, c)}
-    evaluate.check_same_pictures(batches)
+    batches = {p: scoring.make_evaluation_batches(table, scoring.load_trained(p), "val") for p in (a, c)}
+    scoring.check_same_pictures(batches)
 
 
 @pytest.mark.parametrize(
@@ -172,28 +173,28 @@ def test_networks_that_see_different_fakes_are_not_blended(tmp_path: Path) -> No
 def test_a_header_with_something_else(state: dict, message: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, state)
     with pytest.raises(CheckpointError, match=message):
-        evaluate.load_trained(tmp_path / "x.safetensors")
+        scoring.load_trained(tmp_path / "x.safetensors")
 
 
 def test_the_threshold_is_stated_and_used() -> None:
     scored = make_scored([0.0, 1.0, 1.0, 0.0], [-2.0, 0.2, 2.0, -0.5])
     for threshold, accuracy in ((0.5, 1.0), (0.6, 0.75), (0.1, 0.5)):
-        measured = evaluate.measure(scored, Calibration(), threshold)
+        measured = measure(scored, Calibration(), threshold)
         assert (measured["threshold"], measured["accuracy"]) == (threshold, accuracy)
 
 
 def test_one_class_is_no_auc() -> None:
-    measured = evaluate.measure(make_scored([0.0, 0.0], [-1.0, 1.0]), Calibration())
+    measured = measure(make_scored([0.0, 0.0], [-1.0, 1.0]), Calibration())
     assert (measured["auc"], measured["auc_95"], measured["eer"], measured["pair_accuracy"]) == (None, None, None, None)
     assert measured["log_loss"] > 0
     json.dumps(measured, allow_nan=False)
 
 
-def make_scored(labels: list[float], logits: list[float]) -> evaluate.Scored:
+def make_scored(labels: list[float], logits: list[float]) -> scoring.Scored:
     n = len(labels)
     names = [f"v{i}" for i in range(n)]
     scores = one_track_each(np.array(logits))
-    return evaluate.Scored(names, np.array(labels), names, [None] * n, ["d"] * n, scores, np.arange(float(n)))
+    return scoring.Scored(names, np.array(labels), names, [None] * n, ["d"] * n, scores, np.arange(float(n)))
 
 
 def one_track_each(logits: np.ndarray) -> VideoLogits:
@@ -320,7 +321,7 @@ def test_a_bundle_of_two(bundle: Bundle, report: tuple[dict, Path], video: Path)
 def test_the_engine_and_the_training_pipeline_agree(
     bundle: Bundle, checkpoints: list[Path], faces: Path, video: Path, tmp_path: Path
 ) -> None:
-    trained = [evaluate.load_trained(path) for path in checkpoints]
+    trained = [scoring.load_trained(path) for path in checkpoints]
     assert export.check_engine(trained, bundle, [video], tmp_path) <= 1e-3
     assert export.check_logits(trained[0], bundle, FaceTable.load(faces)) < 1e-4
 
@@ -332,7 +333,7 @@ def test_skew_is_refused(
     bundle: Bundle, checkpoints: list[Path], video: Path, tmp_path: Path, change: dict[str, object]
 ) -> None:
     """A bundle whose preprocessing is not what the networks were trained with."""
-    trained = [evaluate.load_trained(path) for path in checkpoints]
+    trained = [scoring.load_trained(path) for path in checkpoints]
     members = tuple(dataclasses.replace(m, **change) for m in bundle.members)
     # The crops move the logit by little in a network this small; what is learned is made louder.
     for t in trained:
@@ -342,7 +343,7 @@ def test_skew_is_refused(
 
 
 def test_a_graph_that_disagrees_is_refused(checkpoints: list[Path], faces: Path, bundle: Bundle) -> None:
-    trained = evaluate.load_trained(checkpoints[0])
+    trained = scoring.load_trained(checkpoints[0])
     trained.network.head[0].bias += 0.01
     with pytest.raises(
         ExportError, match=r"member 'a': OpenVINO and torch differ by 0\.01 in a logit, allowed is 0\.001"
@@ -379,16 +380,16 @@ def test_members_of_different_bundles(checkpoints: list[Path], tmp_path: Path) -
     tensors, state = load_checkpoint(checkpoints[1])
     state["recipe"]["bundle"]["sampling"] = "uniform:9"
     save_checkpoint(tmp_path / "other.safetensors", tensors, state)
-    trained = [evaluate.load_trained(p) for p in (checkpoints[0], tmp_path / "other.safetensors")]
+    trained = [scoring.load_trained(p) for p in (checkpoints[0], tmp_path / "other.safetensors")]
     with pytest.raises(CheckpointError, match=r"the checkpoints 'a' and 'b' have different \[bundle\] tables"):
-        evaluate.make_bundle(trained, [t.spec for t in trained])
+        scoring.make_bundle(trained, [t.spec for t in trained])
 
 
 def test_no_evaluation(tmp_path: Path, checkpoints: list[Path]) -> None:
-    trained = [evaluate.load_trained(p) for p in checkpoints]
+    trained = [scoring.load_trained(p) for p in checkpoints]
     (tmp_path / "e.json").write_text("{}")
     with pytest.raises(TrainingError, match=r"e\.json: this is no evaluation of training\.evaluate"):
-        evaluate.read_evaluation(tmp_path / "e.json", trained)
+        read_evaluation(tmp_path / "e.json", trained)
 
 
 def test_the_calibration_of_another_evaluation(

@@ -14,7 +14,10 @@ from training_assets import write_videos
 
 import dfengine
 from dfengine.bundle import Bundle
-from training import evaluate, export, faces, train
+from training import export, faces, scoring, train
+from training.models import Network
+from training.recipe import Recipe
+from training.table import FaceTable
 
 RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.toml"))
 
@@ -67,9 +70,9 @@ def test_a_recipe_trains_exports_and_scores(recipe: Path, videos: Path, table: P
 def test_evaluation_of_clips(table: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     recipe = next(p for p in RECIPES if p.stem == "mixnet_lstm")
-    trained = evaluate.Trained("m", evaluate.Network(clip_recipe(recipe).model), clip_recipe(recipe), {}, "")
-    found = evaluate.predict(
-        trained.network, evaluate.make_evaluation_batches(evaluate.FaceTable.load(table), trained, "test").epoch(0)
+    trained = scoring.Trained("m", Network(clip_recipe(recipe).model), clip_recipe(recipe), {}, "")
+    found = scoring.predict(
+        trained.network, scoring.make_evaluation_batches(FaceTable.load(table), trained, "test").epoch(0)
     )
     assert len(found) == 2
     for label, rows in found.values():
@@ -80,5 +83,5 @@ def test_evaluation_of_clips(table: Path, tmp_path: Path) -> None:
         assert len({entry[:2] for entry in by_row[:5]}) == 1, "where clips overlap, the earlier one counts"
 
 
-def clip_recipe(path: Path) -> evaluate.Recipe:
+def clip_recipe(path: Path) -> Recipe:
     return train.load_recipe(path, TINY)[path.stem]

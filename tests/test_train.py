@@ -26,7 +26,7 @@ from training_assets import write_faces
 
 from dfengine.bundle import Calibration
 from dfengine.errors import DfengineError
-from training import checkpoint, evaluate, metrics, train
+from training import checkpoint, evaluate, metrics, scoring, train
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, TrainingError
 from training.models import ModelSettings, make_network
@@ -300,11 +300,11 @@ def test_what_several_processes_validate_is_what_is_saved(faces: Path, tmp_path:
         ],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
-    trained = evaluate.load_trained(tmp_path / "two" / train.BEST)
+    trained = scoring.load_trained(tmp_path / "two" / train.BEST)
     table = FaceTable.load(faces)
-    found = evaluate.predict(trained.network, evaluate.make_evaluation_batches(table, trained, "val").epoch(0))
-    bundle = evaluate.make_bundle([trained], [trained.spec])
-    scored = evaluate.score_videos(table.split("val").faces, {"norm": found}, bundle)
+    found = scoring.predict(trained.network, scoring.make_evaluation_batches(table, trained, "val").epoch(0))
+    bundle = scoring.make_bundle([trained], [trained.spec])
+    scored = scoring.score_videos(table.split("val").faces, {"norm": found}, bundle)
     (row,) = history(tmp_path / "two")
     assert row["val_log_loss"] == pytest.approx(
         metrics.log_loss(scored.label, scored.logits.p_fake(Calibration())), abs=1e-6
@@ -428,7 +428,7 @@ def test_a_pickle_in_the_place_of_a_checkpoint_is_refused_and_not_run(
     with pytest.raises(SystemExit, match=r"error: .*last\.safetensors: this is no safetensors file"):
         run(recipe, faces, tmp_path / "run", resume=True)
     with pytest.raises(CheckpointError, match="this is no safetensors file"):
-        evaluate.load_trained(tmp_path / "run" / train.LAST)
+        scoring.load_trained(tmp_path / "run" / train.LAST)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -438,10 +438,10 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
         CheckpointError,
         match=r"x: the checkpoint is of another network than the recipe's 'face_net': '.*' does not fit",
     ):
-        evaluate.load_weights(network, make_network(ModelSettings(backbone="conv_pool"), 0).state_dict(), Path("x"))
+        scoring.load_weights(network, make_network(ModelSettings(backbone="conv_pool"), 0).state_dict(), Path("x"))
     wider = make_network(ModelSettings(head=("linear:7",)), 0).state_dict()
     with pytest.raises(CheckpointError, match=r"'head\.\d\.\w+' does not fit; use the recipe that it was trained with"):
-        evaluate.load_weights(network, wider, Path("x"))
+        scoring.load_weights(network, wider, Path("x"))
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def test_a_run_that_is_there_already(recipe: Path, faces: Path, tmp_path: Path) 
 def test_the_state_of_a_run_is_not_what_is_evaluated(recipe: Path, faces: Path, tmp_path: Path) -> None:
     run(recipe, faces, tmp_path / "run", "train.epochs=1")
     with pytest.raises(CheckpointError, match=r"checkpoint of kind 'last'; give a run's best\.safetensors"):
-        evaluate.load_trained(tmp_path / "run" / train.LAST)
+        scoring.load_trained(tmp_path / "run" / train.LAST)
 
 
 def test_a_set_of_one_class(recipe: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Batches from a table of faces.
 
-``Batches`` turns one split of what training.faces wrote into network input: which faces an epoch has, their
-augmentation and the fakes made from them, and at the end the crop that dfengine.stages.crop cuts, as the engine would.
+``Batches`` turns one split of what training.faces wrote into network input: the faces of an epoch (training.samples),
+their augmentation and the fakes made from them, and at the end the crop that dfengine.stages.crop cuts, as the engine
+would.
 Every number that chance decides comes from (seed, epoch, position in the epoch) alone: several processes that share the
 work see what one would have seen, and a run that goes on at any batch sees what it would have seen.
 
@@ -29,12 +30,12 @@ from torch.nn import functional as F
 
 from dfengine.bundle import ModelSpec
 from dfengine.errors import DfengineError, OptionError
-from dfengine.stages.backbone import clip_rows
 from dfengine.stages.crop import crop_boxes, crop_faces
 from dfengine.types import F32, I64, Image
 
 from .augment import AugmentSettings, Draws, augment_pixels, jitter_boxes, mix
 from .fakes import FakeSettings, Pairs, crop_masks, make_pairs
+from .samples import Sample, Samples
 from .table import DataError, FaceTable
 
 __all__ = ["Batch", "Batches", "DataError", "DataSettings", "FaceTable"]
@@ -92,17 +93,6 @@ class Batch:
         return len(self.y)
 
 
-@dataclass(frozen=True, eq=False)
-class _Sample:
-    """What one place in an epoch holds: T rows of one track, perhaps to be made a fake of."""
-
-    rows: I64  # (T,)
-    key: tuple[int, ...]  # of its chance; the real and the fake of a pair have the same
-    view: int = 0  # of a pair: which camera and codec it goes through
-    is_fake: bool = False  # to be made a fake of
-    in_pair: bool = False
-
-
 class Batches:
     """The batches of one split. See DataSettings for what an epoch has.
 
@@ -145,11 +135,17 @@ class Batches:
         self.device = torch.device(device)
         self.audio = audio
         self._is_clip = spec.kind in ("clip", "audio")
-        self._videos = self.faces.rows_by_video()
-        self._labels = {path: int(self.faces.label[rows[0]]) for path, rows in self._videos.items()}
-        self._real = [p for p, label in self._labels.items() if label == 0]
-        self._fake = [p for p, label in self._labels.items() if label == 1]
-        self._makes_fakes = fakes.ratio > 0 and (self.training or not self._fake)
+        self._samples = Samples(
+            self.faces,
+            fakes,
+            balance=data.balance,
+            per_video=data.per_video,
+            clip_frames=spec.clip_frames if self._is_clip else None,
+            seed=seed,
+            batch=batch,
+            training=self.training,
+        )
+        self._makes_fakes = self._samples.makes_pairs
         self.augment = augment if self.training or self._makes_fakes else AugmentSettings()
         self._landmarks = _fill_landmarks(self.faces)
         self._donors = np.flatnonzero(self.faces.label == 0)
@@ -159,7 +155,7 @@ class Batches:
         self._where = f"split {split!r} of {table.folder}"
         self._check()
         self._length = self._count_batches()
-        self._class_weight = self._weigh_classes()
+        self._class_weight = self._samples.class_weight()
 
     @property
     def pictures(self) -> tuple[object, ...] | None:
@@ -172,7 +168,7 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from number ``start`` on."""
-        samples = self._plan(epoch)
+        samples = self._samples.epoch(epoch)
         make = functools.partial(self._make_batch, samples, epoch)
         if self.data.workers == 0:
             yield from (b for b in map(make, range(start, len(self))) if b is not None)
@@ -192,7 +188,7 @@ class Batches:
                 for future in ready:
                     future.cancel()
 
-    # -- which samples -------------------------------------------------------------------------------------------------
+    # -- what is there -------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         def require(ok: bool, message: str) -> None:
@@ -205,16 +201,17 @@ class Batches:
             require(lost == 0, f"pseudo-fakes need landmarks, {lost} faces have none; run training.faces again")
         if not self.training:
             return
-        have = f"{len(self._real)} real and {len(self._fake)} fake files"
+        have = f"{len(self._samples.real)} real and {len(self._samples.fake)} fake files"
         if ratio == 0:
             require(
-                bool(self._real and self._fake),
+                bool(self._samples.real and self._samples.fake),
                 f"training needs both classes, there are {have}; add the other, or make fakes (fakes.ratio = 1)",
             )
         else:
-            require(bool(self._real), f"pseudo-fakes are made from real faces, there are {have}")
+            require(bool(self._samples.real), f"pseudo-fakes are made from real faces, there are {have}")
             require(
-                ratio == 1 or bool(self._fake), f"fakes.ratio {ratio} needs fakes for the rest, there are {have}; set 1"
+                ratio == 1 or bool(self._samples.fake),
+                f"fakes.ratio {ratio} needs fakes for the rest, there are {have}; set 1",
             )
             require(
                 self.data.balance == "undersample",
@@ -234,7 +231,7 @@ class Batches:
         require(self.batch % self.world == 0, f"{self.world} processes cannot share a batch of {self.batch} equally")
 
     def _count_batches(self) -> int:
-        samples = len(self._plan(0))
+        samples = len(self._samples.epoch(0))
         if not self.training:
             return -(-samples // self.batch)
         if samples < self.batch:
@@ -243,85 +240,9 @@ class Batches:
             )
         return samples // self.batch
 
-    def _weigh_classes(self) -> Tensor:
-        """(2,), by label."""
-        if not self.training or self.data.balance != "weights":
-            return torch.ones(2)
-        rng = np.random.default_rng(0)
-        samples = [sum(len(self._draw_rows(path, rng)) for path in paths) for paths in (self._real, self._fake)]
-        return sum(samples) / (2 * torch.tensor(samples, dtype=torch.float32))
-
-    def _plan(self, epoch: int) -> list[_Sample]:
-        """The samples of an epoch in order, ``batch`` of them a batch."""
-        if not self.training:
-            return self._plan_evaluation()
-        rng = np.random.default_rng((self.seed, epoch, 0))
-        if self.fakes.ratio > 0:
-            return self._plan_pairs(rng, epoch)
-        real, fake = ([r for path in paths for r in self._draw_rows(path, rng)] for paths in (self._real, self._fake))
-        if self.data.balance == "undersample":  # of samples: videos may have fewer faces than they are asked for
-            count = min(len(real), len(fake))
-            real, fake = ([rows[i] for i in rng.permutation(len(rows))[:count]] for rows in (real, fake))
-        rows = [*real, *fake]
-        return [_Sample(rows[i], (epoch, 1, n)) for n, i in enumerate(rng.permutation(len(rows)))]
-
-    def _plan_pairs(self, rng: np.random.Generator, epoch: int) -> list[_Sample]:
-        reals = [r for path in self._real for r in self._draw_rows(path, rng)]
-        samples, partners = [], []
-        fakes: list[str] = []
-        for n, i in enumerate(rng.permutation(len(reals))):
-            samples.append(_Sample(reals[i], (epoch, 1, n), in_pair=True))
-            if rng.random() < self.fakes.ratio:
-                partners.append(replace(samples[-1], is_fake=True))
-                continue
-            samples[-1] = replace(samples[-1], in_pair=False)
-            if not fakes:  # all of them, in random order, before any comes again
-                fakes = [self._fake[k] for k in rng.permutation(len(self._fake))]
-            (rows,) = self._draw_rows(fakes.pop(), rng, count=1)
-            partners.append(_Sample(rows, (epoch, 2, n)))
-        # Views of a pair lie so far apart that one process has them all, and makes the pair once.
-        views, unique = self.fakes.views, self.batch // (2 * self.fakes.views)
-        starts = range(0, len(samples), unique)
-        return [
-            replace(s, view=view)
-            for k in starts
-            for part in (samples[k : k + unique], partners[k : k + unique])
-            for view in range(views)
-            for s in part
-        ]
-
-    def _plan_evaluation(self) -> list[_Sample]:
-        rows = [r for of_video in self._videos.values() for r in self._all_rows(of_video)]
-        samples = [_Sample(r, (0, 3, n), in_pair=self._makes_fakes) for n, r in enumerate(rows)]
-        if not self._makes_fakes:
-            return samples
-        return [s for real in samples for s in (real, replace(real, is_fake=True))]
-
-    def _draw_rows(self, path: str, rng: np.random.Generator, count: int | None = None) -> list[I64]:
-        """Random faces or clips of a video: ``count`` of them, or as the settings say; each (T,)."""
-        rows = self._videos[path]
-        count = self.data.per_video if count is None else count
-        if count == 0:
-            return self._all_rows(rows)
-        if not self._is_clip:
-            return [rows[[i]] for i in rng.permutation(len(rows))[:count]]
-        t = self.spec.clip_frames
-        starts = [(track, i) for track in self._tracks(rows) for i in range(max(1, len(track) - t + 1))]
-        chosen = [starts[i] for i in rng.permutation(len(starts))[:count]]
-        return [track[np.minimum(i + np.arange(t), len(track) - 1)] for track, i in chosen]
-
-    def _all_rows(self, rows: I64) -> list[I64]:
-        if not self._is_clip:
-            return [rows[[i]] for i in range(len(rows))]
-        return [track[c] for track in self._tracks(rows) for c in clip_rows(len(track), self.spec.clip_frames)]
-
-    def _tracks(self, rows: I64) -> list[I64]:
-        tracks = self.faces.track[rows]
-        return [rows[tracks == t] for t in np.unique(tracks)]
-
     # -- one batch -----------------------------------------------------------------------------------------------------
 
-    def _make_batch(self, samples: Sequence[_Sample], epoch: int, number: int) -> Batch | None:
+    def _make_batch(self, samples: Sequence[Sample], epoch: int, number: int) -> Batch | None:
         share = samples[number * self.batch : (number + 1) * self.batch][self.rank :: self.world]
         if not share:
             return None
@@ -355,7 +276,7 @@ class Batches:
         if self._is_clip:
             x = x.unflatten(0, (len(share), -1))
         paths = [self.faces.path[s.rows[0]] for s in share]
-        y = torch.tensor([float(s.is_fake or self._labels[p] == 1) for s, p in zip(share, paths, strict=True)])
+        y = torch.tensor([float(s.is_fake or self._samples.labels[p] == 1) for s, p in zip(share, paths, strict=True)])
         batch = Batch(
             x.to(self.device),
             self._load_audio(paths),
@@ -373,7 +294,7 @@ class Batches:
         return batch
 
     def _load(
-        self, sample: _Sample, pairs: dict[tuple[int, ...], Pairs]
+        self, sample: Sample, pairs: dict[tuple[int, ...], Pairs]
     ) -> tuple[list[NDArray[np.uint8]], F32, Tensor | float]:
         """A sample's pictures, RGB (H, W, 3), with its face boxes (T, 4) and masks (T, 1, S, S), or one value."""
         if sample.in_pair:
@@ -383,9 +304,9 @@ class Batches:
             return list(images.cpu().contiguous().numpy()), pair.xyxy.cpu().numpy(), mask
         pictures = [self.faces.read_crop(row) for row in sample.rows]
         boxes = [self.faces.in_crop(row, self.faces.box[row].reshape(2, 2)).reshape(4) for row in sample.rows]
-        return pictures, np.stack(boxes), np.nan if self._labels[self.faces.path[sample.rows[0]]] else 0.0
+        return pictures, np.stack(boxes), np.nan if self._samples.labels[self.faces.path[sample.rows[0]]] else 0.0
 
-    def _make_pairs(self, samples: Sequence[_Sample]) -> dict[tuple[int, ...], Pairs]:
+    def _make_pairs(self, samples: Sequence[Sample]) -> dict[tuple[int, ...], Pairs]:
         """The pairs that are needed, by key, each of T pictures."""
         rows = {s.key: s.rows for s in samples if s.in_pair}
         if not rows:
@@ -432,7 +353,7 @@ class Batches:
             return rows
         shape = self._landmark_shape(np.append(rows[:1], others))
         donor = others[int(np.argmin(((shape[1:] - shape[0]) ** 2).sum(axis=(1, 2))))]
-        of_video = self._videos[faces.path[donor]]
+        of_video = self._samples.videos[faces.path[donor]]
         later: I64 = of_video[(faces.track[of_video] == faces.track[donor]) & (of_video >= donor)]
         return later[np.minimum(np.arange(len(rows)), len(later) - 1)]
 

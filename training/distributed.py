@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .evaluate import Predictions
+from .scoring import Predictions
 
 
 @dataclass(frozen=True)

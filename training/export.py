@@ -28,16 +28,16 @@ from dfengine.runtime import CpuDevice
 
 from .data import Batches
 from .errors import ExportError
-from .evaluate import (
+from .faces import ExtractSettings, extract
+from .report import read_evaluation
+from .scoring import (
     Trained,
     load_trained,
     make_bundle,
     make_evaluation_batches,
     predict,
-    read_evaluation,
     score_videos,
 )
-from .faces import ExtractSettings, extract
 from .table import FaceTable
 
 OPSET = 17  # the newest that all three runtimes read

@@ -39,19 +39,6 @@ from dfengine.types import F32, F64, I64, Image
 from .augment import AugmentSettings, Draws, downscale, through_h264, through_jpeg
 from .calibration import fit_calibration
 from .data import Batches, DataSettings
-from .evaluate import (
-    THRESHOLD,
-    Scored,
-    ScoredVideo,
-    Trained,
-    collect,
-    load_trained,
-    make_bundle,
-    make_report,
-    make_tracks,
-    sharpness,
-    write_report,
-)
 from .fakes import (
     CENTRE,
     FIVE_POINTS,
@@ -69,6 +56,8 @@ from .fakes import (
     sample,
     transform,
 )
+from .report import THRESHOLD, make_report, write_report
+from .scoring import Scored, ScoredVideo, Trained, collect, load_trained, make_bundle, make_tracks, sharpness
 from .table import FaceTable
 
 VIEWS = 2  # pairs that are made of each photo, for each family

@@ -38,7 +38,11 @@ from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from .data import Batch, Batches
 from .distributed import World
 from .errors import CheckpointError, TrainingError
-from .evaluate import (
+from .models import Network, make_network
+from .optimise import Average, Schedule, label_loss, make_optimiser, mask_loss, order_loss
+from .progress import Bar, Done, write_history
+from .recipe import Recipe, load_recipe
+from .scoring import (
     Trained,
     load_weights,
     make_bundle,
@@ -47,10 +51,6 @@ from .evaluate import (
     predict,
     score_videos,
 )
-from .models import Network, make_network
-from .optimise import Average, Schedule, label_loss, make_optimiser, mask_loss, order_loss
-from .progress import Bar, Done, write_history
-from .recipe import Recipe, load_recipe
 from .table import FaceTable
 
 LAST, BEST = "last.safetensors", "best.safetensors"
