@@ -154,6 +154,10 @@ Image read_image(const py::handle& source, SamplesOf& samples_of) {
            "rotation must be 0, 90, 180 or 270 degrees clockwise, got " + std::to_string(rotation));
   image.quarter_turns = rotation / 90;
   image.mirrored = source.attr("mirrored").cast<bool>();
+  const auto upright = source.attr("upright_hw").cast<std::array<std::int32_t, 2>>();
+  image.square_width = upright[image.turned() ? 0 : 1];
+  image.square_height = upright[image.turned() ? 1 : 0];
+  DF_CHECK(image.square_width >= 1 && image.square_height >= 1, "pixel_aspect must be positive");
   const auto standard = source.attr("matrix").cast<std::string>();
   DF_CHECK((image.components == 1) == (standard == "gray"), "matrix 'gray' goes with one component, and only it");
   const auto bit_depth = source.attr("bit_depth").cast<int>();
@@ -305,7 +309,7 @@ PYBIND11_MODULE(_kernels, m) {
         R"(Crops and resizes boxes of many images into one normalised batch.
 
 images: sequence of dfengine.types.Image, any mix of sizes and formats.
-boxes: (N, 4) float32 xyxy, pixels, half-open, in the upright image; may leave it.
+boxes: (N, 4) float32 xyxy, square pixels, half-open, in the upright image; may leave it.
 image_index: (N,) int32, the image of each box.
 mean, std: on RGB in 0..1. Returns (N, 3, H, W), RGB, (rgb / 255 - mean) / std.
 resize: 'triangle' (antialiased), 'area' (torch's adaptive average over whole pixels), 'bilinear'.

@@ -85,11 +85,21 @@ Normalization make_normalization(const CropResizeOptions& options) {
 
 namespace {
 
+// Stretches an axis of square pixels to coded ones. kArea takes whole ones, also where several make one square pixel.
+void to_coded_pixels(std::int32_t coded, std::int32_t square, Filter filter, Axis& axis) {
+  if (coded == square) return;
+  const float scale = static_cast<float>(coded) / static_cast<float>(square);
+  float begin = axis.begin * scale, end = (axis.begin + axis.length) * scale;
+  if (filter == Filter::kArea) round_to_pixels(begin, end);
+  axis.begin = begin;
+  axis.length = end - begin;
+}
+
 // Clockwise quarter turns carry a coded point (x, y) of a w x h picture to
 // (x, y), (h - y, x), (w - x, h - y), (y, w - x).
 CodedCrop undo_turns(const Image& image, CropBox box, const CropResizeOptions& options) {
   const std::int32_t out_h = options.out_h, out_w = options.out_w;
-  const auto w = static_cast<float>(image.width), h = static_cast<float>(image.height);
+  const auto w = static_cast<float>(image.square_width), h = static_cast<float>(image.square_height);
   const float width = box.x2 - box.x1, height = box.y2 - box.y1;
   switch (image.quarter_turns) {
     case 1:
@@ -111,7 +121,9 @@ CodedCrop make_coded_crop(const Image& image, CropBox box, const CropResizeOptio
     round_to_pixels(box.y1, box.y2);
   }
   CodedCrop crop = undo_turns(image, box, options);
-  if (image.mirrored) crop.x.begin = static_cast<float>(image.width) - crop.x.begin - crop.x.length;
+  if (image.mirrored) crop.x.begin = static_cast<float>(image.square_width) - crop.x.begin - crop.x.length;
+  to_coded_pixels(image.width, image.square_width, options.filter, crop.x);
+  to_coded_pixels(image.height, image.square_height, options.filter, crop.y);
   return crop;
 }
 

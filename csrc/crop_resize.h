@@ -1,6 +1,6 @@
 // crop_resize: many boxes of many pictures -> one normalised NCHW batch, in one call.
 //
-// Boxes are xyxy, float, half-open, in pixels of the *upright* picture (rotation applied), and may leave it.
+// Boxes are xyxy, float, half-open, in square pixels of the *upright* picture (mirrored and turned), and may leave it.
 // Output is (boxes, 3, out_h, out_w) RGB, contiguous, float32 or float16:
 //   out = (rgb / 255 - mean) / std.
 // The CPU version is the specification of the CUDA version: same header (resample.h), same grid, same filter.

@@ -38,6 +38,8 @@ struct Image {
   std::int32_t sample_bytes = 1;  // 1 or 2
   std::int32_t width = 0;  // of the first plane, coded orientation
   std::int32_t height = 0;
+  std::int32_t square_width = 0;  // the same in square pixels, in which boxes are
+  std::int32_t square_height = 0;
   std::int32_t subsample_x = 1;  // first-plane pixels per chroma sample
   std::int32_t subsample_y = 1;
   bool mirrored = false;  // left and right are to be swapped first,
@@ -45,8 +47,8 @@ struct Image {
   ColorMatrix color;
 
   DF_HD bool turned() const { return (quarter_turns & 1) != 0; }
-  DF_HD std::int32_t upright_width() const { return turned() ? height : width; }
-  DF_HD std::int32_t upright_height() const { return turned() ? width : height; }
+  DF_HD std::int32_t upright_width() const { return turned() ? square_height : square_width; }
+  DF_HD std::int32_t upright_height() const { return turned() ? square_width : square_height; }
 };
 
 enum class ColorStandard { kRgb, kGray, kBt601, kBt709, kFcc, kSmpte240m, kBt2020, kYCgCo };

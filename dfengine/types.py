@@ -1,7 +1,9 @@
 """The values that flow between the stages: frozen, validated, one struct of arrays each.
 
 Capital letters in shapes have one meaning throughout: N images, F faces, R track rows, B crops, H height, W width.
-Boxes are xyxy float32 pixels, half-open, in the upright full-resolution frame. Images are RGB once they are RGB.
+Boxes are xyxy float32 pixels, half-open, in the upright full-resolution frame, whose pixels are square: a picture with
+others is stretched along the side on which they are longer (``Image.upright_hw``), as players show it. Images are RGB
+once they are RGB.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Image(_Described):
     counts as 16.
     ``matrix``: "bt601", "bt709", "bt2020", "smpte240m", "fcc", "ycgco", "rgb" or "gray".
     ``mirrored``: left and right are to be swapped first; ``rotation``: then so many degrees clockwise (0, 90, 180, 270)
-    make the picture upright.
+    make the picture upright. ``pixel_aspect``: width of a pixel over its height, as coded.
     """
 
     components: tuple[Array, ...]
@@ -91,10 +93,14 @@ class Image(_Described):
     subsampling_xy: tuple[int, int] = (1, 1)
     rotation: int = 0
     mirrored: bool = False
+    pixel_aspect: float = 1.0
 
     @property
     def upright_hw(self) -> tuple[int, int]:
+        """The size in square pixels: coded pixels are split, never joined."""
         h, w = self.components[0].shape
+        if self.pixel_aspect != 1:
+            h, w = round(h / min(self.pixel_aspect, 1)), round(w * max(self.pixel_aspect, 1))
         return (w, h) if self.rotation in (90, 270) else (h, w)
 
     @property
@@ -239,7 +245,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class FrameScore:
-    """One face in one frame. ``landmarks`` is None where the box was filled from the past of its track."""
+    """One face in one frame. ``landmarks`` is None where the box was filled from the past of its track.
+
+    ``box`` is xyxy and ``landmarks`` are xy, in square pixels of the upright frame, as players show it: of a file with
+    320x480 pixels that are twice as wide as high, those of a picture of 640x480.
+    """
 
     frame_index: int
     pts_seconds: float

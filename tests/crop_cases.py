@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,12 @@ def device_cases(rng: np.random.Generator) -> Iterator[Case]:
     rgb = Image.from_rgb(rng.integers(0, 256, (57, 83, 3), dtype=np.uint8))
     boxes = [(2.2, 3.1, 80, 55), (-9, -9, 99, 70)]
     yield Case("interleaved RGB", [rgb], boxes, [0, 0], (40, 70))
+    for aspect in (2.0, 0.5, 16 / 15):
+        images = [replace(noise_image(rng, rotation=r, mirrored=m), pixel_aspect=aspect) for r, m in ORIENTATIONS]
+        boxes = [(-4.2, h * 0.13, w * 0.7, h + 7.4) for h, w in (image.upright_hw for image in images)]
+        for resize in FILTERS:
+            name = f"pixels of {aspect:.2f}:1 {resize}"
+            yield Case(name, images, boxes, list(range(len(images))), options={"resize": resize})
     wide = noise_image(rng, 64, 4000, rotation=270)  # upright: 64 x 4000
     yield Case("far", [wide], [(3.2, 3900.3, 60.7, 3990.1)], [0], op="crop_resize_far")
     yield Case("wider than all chunks", [noise_image(rng, 8, 9000)], [(-50, 0, 9050, 8)], [0], (3, 5))

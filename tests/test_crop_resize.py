@@ -364,6 +364,24 @@ def test_a_tagged_orientation_equals_a_turned_picture(rng, rotation, mirrored, r
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("resize", FILTERS)
+@pytest.mark.parametrize(("rotation", "mirrored"), ORIENTATIONS)
+@pytest.mark.parametrize("pixel_aspect", [2.0, 0.5, 0.25])
+def test_boxes_are_in_square_pixels(rng, pixel_aspect, rotation, mirrored, resize):
+    plain = noise_image(rng, sub=(1, 1), rotation=rotation, mirrored=mirrored)
+    image = dataclasses.replace(plain, pixel_aspect=pixel_aspect)
+    (h, w), (square_h, square_w) = plain.upright_hw, image.upright_hw
+    assert (square_h * square_w) == h * w * max(pixel_aspect, 1 / pixel_aspect)
+    boxes = np.float32([(0, 0, w, h), (5, 4, 20, 19), (-6, 3, 11, 20)])
+    stretched = boxes * np.float32([square_w / w, square_h / h] * 2)
+    for padding in PADDINGS:
+        options = {"resize": resize, "padding": padding}
+        got, want = run([image], stretched, **options), run([plain], boxes, **options)
+        np.testing.assert_array_equal(got, want)
+    if resize == "area":  # whole coded pixels, at least one
+        assert np.isfinite(run([image], [(7, 9, 8, 10)], resize=resize)).all()
+
+
 def test_the_inputs_are_not_written_to(crowd):
     images, boxes, index = crowd
     before = [c.copy() for i in images for c in i.components], boxes.copy(), index.copy()

@@ -25,7 +25,7 @@ class OnHost:
     """An array of the host that says it lies on a device."""
 
     def __init__(self, array: np.ndarray, **changes: object) -> None:
-        self.array = array
+        self.array, self.shape = array, array.shape
         self.__cuda_array_interface__ = {
             "version": 3,
             "shape": array.shape,

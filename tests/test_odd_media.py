@@ -19,6 +19,7 @@ from assets import (
     write_bundle,
     write_clip,
     x264,
+    x265,
 )
 from av.stream import Disposition
 from PIL import Image as PillowImage
@@ -235,3 +236,90 @@ def test_real_pictures_that_move(faults: Path, packaged: Engine, name: str) -> N
     assert score.status == "ok", score.error
     assert score.frames_scored > 5
     assert score.warnings == ()
+
+
+# -- pixels that are not square, and interlaced pictures ---------------------------------------------------------------
+
+
+def assert_same_boxes(score: VideoScore, twin: VideoScore, atol: float) -> None:
+    boxes, wanted = ([f.box for f in s.tracks[0].frames] for s in (score, twin))
+    np.testing.assert_allclose(boxes, wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("degrees", [0, 90])
+@pytest.mark.parametrize("aspect", [(2, 1), (1, 2), (4, 3)])
+def test_boxes_and_crops_are_those_of_square_pixels(
+    engine: Engine, made: MakeClip, tmp_path: Path, aspect: tuple[int, int], degrees: int
+) -> None:
+    wide, high = aspect
+    upright = (320, 240) if degrees else (240, 320)
+
+    def coded(i: int, w: int, h: int) -> np.ndarray:
+        square = np.ascontiguousarray(np.rot90(moving_face(i, *upright[::-1]), degrees // 90))
+        return np.asarray(PillowImage.fromarray(square).resize((w, h), PillowImage.Resampling.BOX))
+
+    wh = (round(320 * min(1, high / wide)), round(240 * min(1, wide / high)))
+    params = f"keyint=12:bframes=2:sar={wide}/{high}"
+    path = write_clip(x264("coded.mp4", params, wh=wh, frames=36, picture=coded), tmp_path)
+    if degrees:
+        path.write_bytes(rotated(path.read_bytes(), degrees))
+    images, warnings = decode(path)
+    assert {i.upright_hw for i in images} == {upright}
+    assert {i.pixel_aspect for i in images} == {wide / high}
+    assert warnings == []
+    name = f"upright_{degrees}.mp4"
+    twin = engine.score(made(x264(name, "keyint=12:bframes=2", wh=upright[::-1], frames=36, picture=moving_face)))
+    score = engine.score(path)
+    assert_as(score, twin, 0.01)
+    assert_same_boxes(score, twin, 8)  # a face of 75 px, of half the pixels
+
+
+def test_absurd_pixels_are_taken_for_square(made: MakeClip, tmp_path: Path) -> None:
+    clip = x264("absurd.mkv", "keyint=12:sar=9/2", wh=(64, 48), frames=12)
+    images, warnings = decode(write_clip(clip, tmp_path))
+    assert images[0].upright_hw == (48, 64)
+    assert warnings == ["pixels are said to be 9:2; they are taken for square"]
+
+
+def woven(i: int, w: int, h: int) -> np.ndarray:
+    """Two moments, row about row, far enough apart for combs that cover the face."""
+    picture = moving_face(i, w, h).copy()
+    picture[1::2] = np.roll(picture, 16, axis=1)[1::2]
+    return picture
+
+
+_WOVEN = {"flags": "+ildct+ilme", "b": "4M"}
+INTERLACED = [
+    x264("avc.mp4", "tff=1:keyint=12:bframes=2", wh=(320, 240), frames=36, picture=woven),
+    Clip("mpeg2.ts", "mpeg2video", wh=(320, 240), frames=36, options=_WOVEN, picture=woven),
+]
+
+
+@pytest.mark.parametrize("clip", INTERLACED, ids=str)
+def test_of_interlaced_pictures_one_field_is_scored(engine: Engine, made: MakeClip, clip: Clip) -> None:
+    images, _ = decode(made(clip))
+    assert {i.upright_hw for i in images} == {(240, 320)}
+    assert {i.components[0].shape for i in images} == {(120, 320)}
+    twin = engine.score(made(x264("upright.mp4", "keyint=12:bframes=2", wh=(320, 240), frames=36, picture=moving_face)))
+    score = engine.score(made(clip))
+    assert_as(score, twin, 0.01)
+    assert_same_boxes(score, twin, 8)
+    assert score.warnings == ("the pictures are interlaced; one field of each is scored",)
+    assert twin.warnings == ()
+
+
+def test_fields_that_come_one_by_one_are_stretched(made: MakeClip) -> None:
+    def field(i: int, w: int, h: int) -> np.ndarray:
+        return moving_face(i, w, 2 * h)[::2]
+
+    clip = x265("fields.mp4", "interlace=tff:keyint=12", wh=(320, 120), frames=24, picture=field)
+    images, warnings = decode(made(clip))
+    assert {(i.upright_hw, i.components[0].shape) for i in images} == {((240, 320), (120, 320))}
+    assert warnings == ["the pictures are interlaced; one field of each is scored"]
+
+
+def test_a_real_file_with_wide_pixels(faults: Path, packaged: Engine, demo: VideoScore) -> None:
+    score = packaged.score(faults / "anamorphic_2_to_1.mp4")
+    assert score.warnings == ()
+    assert len(score.tracks) == 1
+    assert score.p_fake is not None

@@ -39,7 +39,7 @@ from av.video.stream import VideoStream
 
 from dfengine.errors import DeviceError, DeviceMemoryError, first_line
 from dfengine.sampling import Mode, Segment
-from dfengine.stages.decode.cpu import to_image
+from dfengine.stages.decode.cpu import picture_notes, to_image
 from dfengine.stages.decode.decoder import TIE_SECONDS, CannotDecode, Numbered, Packets
 from dfengine.stages.decode.nal import NalFormat, Picture, Sequence
 from dfengine.types import F64, Image
@@ -240,6 +240,7 @@ class NvdecDecoder:
     def __init__(self, lane: Lane, pool: NvdecPool) -> None:
         self.frames_decoded = 0
         self.damaged = 0
+        self.notes: list[str] = []
         self._lane, self._pool = lane, pool
         self._nal: NalFormat | None = None
         self._examined = -1  # index of the stream
@@ -359,7 +360,8 @@ class NvdecDecoder:
             )
         if frames[0].interlaced_frame:
             raise CannotDecode("the video is interlaced; NVDEC would change its pictures")
-        return to_image(frames[0])
+        self.notes = picture_notes(frames[0], self._stream)
+        return to_image(frames[0], self._stream)
 
     def _run(self, data: bytes, pts: int, due: _Due) -> list[tuple[Image | None, float]]:
         """What comes out when ``data`` goes in. Raises CannotDecode if that is not what is due."""

@@ -35,6 +35,9 @@ _MATRICES = {
 }
 _LIMITED, _FULL = 1, 2  # AVColorRange
 
+# The widest pixels that H.264 has a code for are 2:1 (ITU-T H.264, table E-1), those of a field 2:1 and 1:2 of that.
+MOST_ASPECT = 4
+
 
 class CpuDecoder:
     """Decodes with FFmpeg on ``threads`` cores. With a ``lane``, images are in that GPU's memory."""
@@ -44,6 +47,7 @@ class CpuDecoder:
     def __init__(self, *, threads: int = 1, lane: Lane | None = None) -> None:
         self.frames_decoded = 0
         self.damaged = 0
+        self.notes: list[str] = []
         self._threads = threads
         self._lane = lane
 
@@ -52,6 +56,7 @@ class CpuDecoder:
 
     def start(self, stream: VideoStream, packets: Packets, mode: Mode) -> None:
         self.frames_decoded = self.damaged = 0
+        self.notes = []
         self._stream, self._packets = stream, packets
         codec = stream.codec_context
         codec.options = {"max_pixels": str(MAX_PIXELS)}  # sizes may change mid-stream
@@ -87,7 +92,8 @@ class CpuDecoder:
             codec.flush_buffers()
 
     def to_image(self, picture: VideoFrame) -> Image:
-        image = to_image(picture)
+        image = to_image(picture, self._stream)
+        self.notes += [note for note in picture_notes(picture, self._stream) if note not in self.notes]
         if self._lane is None:
             return image
         with self._lane as lane:
@@ -98,11 +104,44 @@ class CpuDecoder:
         """The decoder is the file's, and closed with it."""
 
 
-def to_image(frame: VideoFrame) -> Image:
+def to_image(frame: VideoFrame, stream: VideoStream | None = None) -> Image:
     """Views a decoded frame as an Image. Planar formats of 8 to 16 bits are not copied.
 
     Others (palettes, packed RGB, packed YUV, floats, big-endian) go through swscale to planar RGB, gray or 4:4:4 first.
+    ``stream`` tells the shape of the pixels; without one they are square.
+
+    Note [One field]
+    An interlaced picture holds two moments, row about row. What moves has combs at its edges, and to networks a shaking
+    head looks manipulated. So the upper field stands for the picture: every second row, of pixels twice as high. FFmpeg
+    gives fields of HEVC one by one.
     """
+    image = _view(frame)
+    aspect = _pixel_aspect(stream) if stream is not None else 1.0
+    if frame.interlaced_frame:
+        aspect /= 2
+        if stream is None or stream.codec_context.name != "hevc":
+            image = replace(image, components=tuple(np.asarray(c)[::2] for c in image.components))
+    return replace(image, pixel_aspect=aspect) if aspect != 1 else image
+
+
+def picture_notes(frame: VideoFrame, stream: VideoStream) -> list[str]:
+    """What a user should know of how a frame becomes an Image."""
+    notes = []
+    if frame.interlaced_frame:
+        notes.append("the pictures are interlaced; one field of each is scored")
+    stated = stream.sample_aspect_ratio
+    if stated and _pixel_aspect(stream) != float(stated):
+        notes.append(f"pixels are said to be {stated.numerator}:{stated.denominator}; they are taken for square")
+    return notes
+
+
+def _pixel_aspect(stream: VideoStream) -> float:
+    """Width of a pixel over its height. What is not stated, or absurd, is 1."""
+    stated = float(stream.sample_aspect_ratio or 1)
+    return stated if 1 / MOST_ASPECT <= stated <= MOST_ASPECT else 1.0
+
+
+def _view(frame: VideoFrame) -> Image:
     layout = frame.format
     components = [c for c in layout.components if not c.is_alpha]
     if (
@@ -116,7 +155,7 @@ def to_image(frame: VideoFrame) -> Image:
         or not all(8 <= c.bits <= 16 for c in components)
     ):
         target = "gbrp" if layout.is_rgb or layout.has_palette else "gray" if len(components) == 1 else "yuv444p"
-        return to_image(frame.reformat(format=target))
+        return _view(frame.reformat(format=target))
     depth = components[0].bits
     dtype = np.uint8 if depth == 8 else np.uint16
     arrays = []

@@ -67,6 +67,7 @@ class PacketDecoder(Protocol):
     name: str
     frames_decoded: int  # since ``start``
     damaged: int  # packets and frames, since ``start``
+    notes: list[str]  # what a user should know of the pictures, since ``start``
 
     def examine(self, packet: Packet[Any]) -> None:
         """Sees each packet of the scan, in decoding order."""

@@ -248,6 +248,7 @@ class Video:
         if images or after > -np.inf:
             yield flush(is_last=True)
         self._judge(found, len(wanted))
+        self.warnings += self._decoder.notes
 
     def _note_read_error(self, error: av.FFmpegError) -> None:
         raise_if_it_may_pass(error, self.path, STAGE)
