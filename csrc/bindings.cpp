@@ -41,6 +41,11 @@ ColorStandard parse_standard(const std::string& value) {
                                {"ycgco", ColorStandard::kYCgCo}});
 }
 
+Transfer parse_transfer(const std::string& value) {
+  return parse<Transfer>("transfer", value,
+                         {{"sdr", Transfer::kSdr}, {"pq", Transfer::kPq}, {"hlg", Transfer::kHlg}});
+}
+
 Filter parse_filter(const std::string& value) {
   return parse<Filter>("resize", value,
                        {{"triangle", Filter::kTriangle}, {"area", Filter::kArea}, {"bilinear", Filter::kBilinear}});
@@ -161,7 +166,8 @@ Image read_image(const py::handle& source, SamplesOf& samples_of) {
   const auto standard = source.attr("matrix").cast<std::string>();
   DF_CHECK((image.components == 1) == (standard == "gray"), "matrix 'gray' goes with one component, and only it");
   const auto bit_depth = source.attr("bit_depth").cast<int>();
-  image.color = make_color_matrix(parse_standard(standard), source.attr("full_range").cast<bool>(), bit_depth);
+  image.color = make_color_matrix(parse_standard(standard), source.attr("full_range").cast<bool>(), bit_depth,
+                                  parse_transfer(source.attr("transfer").cast<std::string>()));
   DF_CHECK(bit_depth <= 8 * image.sample_bytes,
            "bit_depth " + std::to_string(bit_depth) + " does not fit the samples, which are uint8");
   return image;

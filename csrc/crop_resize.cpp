@@ -32,7 +32,7 @@ LumaWeights luma_weights(ColorStandard standard) {
 
 }  // namespace
 
-ColorMatrix make_color_matrix(ColorStandard standard, bool full_range, int bit_depth) {
+ColorMatrix make_color_matrix(ColorStandard standard, bool full_range, int bit_depth, Transfer transfer) {
   DF_CHECK(bit_depth >= 8 && bit_depth <= 16, "bit_depth must be 8 to 16, got " + std::to_string(bit_depth));
   const double peak = std::ldexp(1.0, bit_depth) - 1;
   const double step = std::ldexp(1.0, bit_depth - 8);
@@ -67,6 +67,7 @@ ColorMatrix make_color_matrix(ColorStandard standard, bool full_range, int bit_d
     m[2][1] = 2 * (1 - k.kb) * chroma;
   }
   ColorMatrix out;
+  out.transfer = transfer;
   for (int c = 0; c < 3; ++c) {
     for (int j = 0; j < 3; ++j) out.m[c][j] = static_cast<float>(m[c][j]);
     out.offset[c] = static_cast<float>(offset[c]);

@@ -114,6 +114,20 @@ DF_MULTIVERSION void finish_row(const ColorMatrix& color_in, const Normalization
   }
 }
 
+// The same for HDR, whose powers take longer than all else.
+void finish_hdr_row(const ColorMatrix& color, const Normalization& norm, const float* sample,
+                    const float* const coverage[3], const float row_coverage[3], std::int32_t out, float* rgb) {
+  for (std::int32_t i = 0; i < out; ++i) {
+    float s[3], c[3], pixel[3];
+    for (int j = 0; j < 3; ++j) {
+      s[j] = sample[j * out + i];
+      c[j] = coverage[j][i] * row_coverage[j];
+    }
+    finish_hdr_pixel(color, norm, s, c, pixel);
+    for (int j = 0; j < 3; ++j) rgb[j * out + i] = pixel[j];
+  }
+}
+
 namespace {
 
 // The taps of every output pixel along one axis of one component, all inside the picture.
@@ -262,7 +276,8 @@ void crop_band(const Image& image, const CropBox& box, const CropResizeOptions& 
       coverage[j] = h.coverage.data();
       row_coverage[j] = v.coverage[i];
     }
-    finish_row(image.color, norm, ws.sampled.data(), coverage, row_coverage, columns, ws.rgb.data());
+    const auto finish = image.color.transfer == Transfer::kSdr ? finish_row : finish_hdr_row;
+    finish(image.color, norm, ws.sampled.data(), coverage, row_coverage, columns, ws.rgb.data());
     Out* dst = out + order.base + row * order.per_row;
     for (int c = 0; c < 3; ++c, dst += channel) {
       const float* src = ws.rgb.data() + static_cast<std::size_t>(c) * columns;

@@ -33,11 +33,17 @@ struct CudaThreads {
   TilePixels pixels = {};
 };
 
-template <typename Out>
+template <typename Out, bool Hdr>
 __global__ void __launch_bounds__(kTileThreads, 2) crop_resize_kernel(const __grid_constant__ TileLaunch launch) {
   __shared__ TileShared shared;
   CudaThreads threads;
-  crop_tile<Out>(launch, blockIdx.x, blockIdx.y, shared, threads);
+  crop_tile<Out, Hdr>(launch, blockIdx.x, blockIdx.y, shared, threads);
+}
+
+template <bool Hdr>
+const void* kernel_of(bool half) {
+  return half ? reinterpret_cast<const void*>(crop_resize_kernel<std::uint16_t, Hdr>)
+              : reinterpret_cast<const void*>(crop_resize_kernel<float, Hdr>);
 }
 
 }  // namespace
@@ -46,8 +52,7 @@ void crop_resize_cuda(const std::vector<Image>& images, const std::vector<CropBo
                       const CropResizeOptions& options, std::uintptr_t stream, void* out) {
   for_each_launch(images, boxes, options, out, [&](const TileLaunch& launch, int tiles, int count) {
     const void* arguments[] = {&launch};
-    const auto kernel = options.half ? reinterpret_cast<const void*>(crop_resize_kernel<std::uint16_t>)
-                                     : reinterpret_cast<const void*>(crop_resize_kernel<float>);
+    const auto kernel = launch.hdr ? kernel_of<true>(options.half) : kernel_of<false>(options.half);
     const cudaError_t status =
         cudaLaunchKernel(kernel, dim3(tiles, count), dim3(kTileThreads), const_cast<void**>(arguments), 0,
                          reinterpret_cast<cudaStream_t>(stream));

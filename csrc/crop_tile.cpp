@@ -72,6 +72,7 @@ void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox
   told->out_w = options.out_w;
   told->filter = options.filter;
   told->padding = options.padding;
+  told->hdr = false;
   const std::size_t crop_bytes = std::size_t{3} * options.out_h * options.out_w * (options.half ? 2 : 4);
 
   std::vector<int> place(images.size(), -1);  // of an image in this launch
@@ -84,6 +85,7 @@ void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox
         std::find_if(told->colors, end, [&](const ColorMatrix& c) { return !std::memcmp(&c, &color, sizeof color); });
     if (image_count == kMaxImages || same - told->colors == kMaxColors) return false;
     if (same == end) told->colors[color_count++] = color;
+    told->hdr |= color.transfer != Transfer::kSdr;
     TileImage& image = told->images[image_count];
     image = make_tile_image(images[index], index);
     image.color = static_cast<std::uint8_t>(same - told->colors);
@@ -97,6 +99,7 @@ void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox
     launch(*told, tiles, box_count);
     std::fill(place.begin(), place.end(), -1);
     image_count = color_count = box_count = tiles = 0;
+    told->hdr = false;
     first = end;
   };
   for (std::size_t n = 0; n < boxes.size(); ++n) {

@@ -80,6 +80,7 @@ struct TileLaunch {
   std::int32_t out_h, out_w;
   Filter filter;
   Padding padding;
+  bool hdr;  // of any picture
 };
 static_assert(sizeof(TileLaunch) <= 32764, "larger than the parameters of a kernel may be");
 
@@ -388,6 +389,7 @@ DF_HD inline void set_up_taps(const Tile& tile, TileShared& shared, int t) {
 }
 
 // Sums of thread t's pixels -> normalised RGB, in place.
+template <bool Hdr>
 DF_HD inline void finish_pixels(const Tile& tile, const TileShared& shared, int t, TilePixels& pixels) {
   const int column = t % kTileColumns, group = t / kTileColumns;
   if (column >= tile.columns) return;
@@ -400,7 +402,11 @@ DF_HD inline void finish_pixels(const Tile& tile, const TileShared& shared, int 
     if (row >= tile.rows) break;
     const float c = chroma ? chroma_x * shared.rows[1][row].coverage : 0.f;
     const float coverage[3] = {luma_x * shared.rows[0][row].coverage, c, c};
-    finish_pixel(color, tile.launch.norm, pixels.value[p], coverage, pixels.value[p]);
+    if (Hdr) {
+      finish_hdr_pixel(color, tile.launch.norm, pixels.value[p], coverage, pixels.value[p]);
+    } else {
+      finish_pixel(color, tile.launch.norm, pixels.value[p], coverage, pixels.value[p]);
+    }
   }
 }
 
@@ -429,7 +435,8 @@ DF_HD inline void filter_lanes(const Tile& tile, TileShared& shared, Threads& th
   }
 }
 
-template <typename Out, typename Threads>
+// `Hdr`: with the code for HDR, which SDR alone is spared.
+template <typename Out, bool Hdr, typename Threads>
 DF_HD inline void crop_tile(const TileLaunch& launch, int tile_index, int box_index, TileShared& shared,
                             Threads& threads) {
   const Tile tile(launch, tile_index, box_index);
@@ -437,7 +444,7 @@ DF_HD inline void crop_tile(const TileLaunch& launch, int tile_index, int box_in
   threads.each([&](int t, TilePixels&) { set_up_taps(tile, shared, t); });
   filter_lanes<1>(tile, shared, threads);
   if (tile.image.components == 3) filter_lanes<2>(tile, shared, threads);
-  threads.each([&](int t, TilePixels& pixels) { finish_pixels(tile, shared, t, pixels); });
+  threads.each([&](int t, TilePixels& pixels) { finish_pixels<Hdr>(tile, shared, t, pixels); });
 
   const std::int64_t channel = static_cast<std::int64_t>(launch.out_h) * launch.out_w;
   const int orientation = tile.image.orientation;

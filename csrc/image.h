@@ -24,11 +24,14 @@ struct Plane {
   std::int32_t height = 0;
 };
 
+enum class Transfer : std::int32_t { kSdr, kPq, kHlg };
+
 // The affine map from samples to RGB on the scale 0..1: rgb[i] = sum_j m[i][j] * (sample[j] - offset[j]).
 // Passed by value, to kernels too: a matrix in shared memory of the device would race between streams.
 struct ColorMatrix {
   float m[3][3];
   float offset[3];
+  Transfer transfer;  // of the RGB that the matrix gives
 };
 
 // A decoded picture as the decoder left it ("coded" orientation), with what is needed to read it.
@@ -58,6 +61,6 @@ enum class ColorStandard { kRgb, kGray, kBt601, kBt709, kFcc, kSmpte240m, kBt202
 // Luma weights (Kr, Kb): BT.601 .299 .114, BT.709 .2126 .0722, FCC .30 .11, SMPTE 240M .212 .087,
 // BT.2020 .2627 .0593 (ITU-T H.273, table 4). Limited range is 16..235 (chroma 16..240) at 8 bits, scaled by
 // 2^(bit_depth - 8) at other depths; full range is 0..2^bit_depth - 1.
-ColorMatrix make_color_matrix(ColorStandard standard, bool full_range, int bit_depth);
+ColorMatrix make_color_matrix(ColorStandard standard, bool full_range, int bit_depth, Transfer transfer);
 
 }  // namespace dfengine

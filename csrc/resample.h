@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "image.h"
+#include "transfer.h"
 
 namespace dfengine {
 
@@ -149,6 +150,15 @@ DF_HD inline void finish_pixel(const ColorMatrix& color, const Normalization& no
     const float v = color.m[c][0] * centred[0] + color.m[c][1] * centred[1] + color.m[c][2] * centred[2];
     rgb[c] = saturate(v) * norm.scale[c] + norm.bias[c];
   }
+}
+
+// The same for a picture that may be HDR. A function of its own, so that the other stays as small as it is.
+DF_HD inline void finish_hdr_pixel(const ColorMatrix& color, const Normalization& norm, const float sample[3],
+                                   const float coverage[3], float rgb[3]) {
+  const Normalization plain{{1.f, 1.f, 1.f}, {0.f, 0.f, 0.f}};
+  finish_pixel(color, plain, sample, coverage, rgb);
+  if (color.transfer != Transfer::kSdr) to_sdr(color.transfer, rgb);
+  for (int c = 0; c < 3; ++c) rgb[c] = rgb[c] * norm.scale[c] + norm.bias[c];
 }
 
 // IEEE binary16, round to nearest even; saturates to infinity as a cast does.

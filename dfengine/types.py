@@ -84,6 +84,7 @@ class Image(_Described):
     ``matrix``: "bt601", "bt709", "bt2020", "smpte240m", "fcc", "ycgco", "rgb" or "gray".
     ``mirrored``: left and right are to be swapped first; ``rotation``: then so many degrees clockwise (0, 90, 180, 270)
     make the picture upright. ``pixel_aspect``: width of a pixel over its height, as coded.
+    ``transfer``: "sdr", or "pq" or "hlg" of ITU-R BT.2100, which the kernels turn into SDR (csrc/transfer.h).
     """
 
     components: tuple[Array, ...]
@@ -94,6 +95,7 @@ class Image(_Described):
     rotation: int = 0
     mirrored: bool = False
     pixel_aspect: float = 1.0
+    transfer: str = "sdr"
 
     @property
     def upright_hw(self) -> tuple[int, int]:

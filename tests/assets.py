@@ -454,6 +454,8 @@ def _planes(frame: av.VideoFrame) -> tuple[NDArray[np.generic], ...]:
     for plane in frame.planes:
         row = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height]
         planes.append(row[:, : plane.width * np.dtype(dtype).itemsize].copy().view(dtype))
+    if frame.interlaced_frame:  # the upper field stands for the picture
+        planes = [plane[::2] for plane in planes]
     return tuple(planes)
 
 

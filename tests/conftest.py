@@ -26,6 +26,9 @@ TOLERANCE = {
     # The tent's weights are ratios of float32 coordinates. At 2^12 px these are exact to 2^-12 px, and a step of
     # 255 between neighbours turns that into 0.06.
     ("crop_resize_far", "float32"): 0.15,
+    # The powers of HDR's curves multiply rounding by some hundred, BT.709 colours are differences of BT.2020 ones, and
+    # the slope of the last curve is infinite at black.
+    ("crop_resize_hdr", "float32"): 0.1,
     # binary16 has 11 bits: half a step between 128 and 255 is 0.0625.
     ("crop_resize", "float16"): 0.0625 + 2e-3,
     # torch sums in another order, and its antialiasing weights are float32 too.

@@ -124,6 +124,10 @@ def device_cases(rng: np.random.Generator) -> Iterator[Case]:
     rgb = Image.from_rgb(rng.integers(0, 256, (57, 83, 3), dtype=np.uint8))
     boxes = [(2.2, 3.1, 80, 55), (-9, -9, 99, 70)]
     yield Case("interleaved RGB", [rgb], boxes, [0, 0], (40, 70))
+    hdr = [replace(noise_image(rng, bits=10, matrix="bt2020"), transfer=t) for t in ("pq", "sdr", "hlg")]
+    index = np.repeat([0, 1, 2], len(every_box)).tolist()
+    options = {"padding": "zero"}
+    yield Case("hdr beside sdr", hdr, every_box * 3, index, op="crop_resize_hdr", options=options)
     for aspect in (2.0, 0.5, 16 / 15):
         images = [replace(noise_image(rng, rotation=r, mirrored=m), pixel_aspect=aspect) for r, m in ORIENTATIONS]
         boxes = [(-4.2, h * 0.13, w * 0.7, h + 7.4) for h, w in (image.upright_hw for image in images)]

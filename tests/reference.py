@@ -61,7 +61,20 @@ def crop_rgb(image: Image, box: np.ndarray, out_hw: tuple[int, int], resize: str
         rows, wy = axis_weights(y1, y2, out_hw[0], sub_xy[1], origin_xy[1], resize)
         samples = gather(plane, rows, columns, black[j] if padding == "zero" else None)
         filtered.append(wy @ samples @ wx.T)
-    return np.clip(to_rgb(image, filtered), 0, 255)
+    rgb = np.clip(to_rgb(image, filtered), 0, 255)
+    return rgb if image.transfer == "sdr" else 255 * to_sdr(rgb / 255, image.transfer)
+
+
+def to_sdr(rgb: np.ndarray, transfer: str) -> np.ndarray:
+    """(3, ...) on the scale 0..1, of ITU-R BT.2100 -> of BT.709: 203 cd/m2 (BT.2408) become white, more is clipped."""
+    if transfer == "pq":
+        power = rgb ** (32 / 2523)
+        nits = 10000 * (np.maximum(power - 107 / 128, 0) / (2413 / 128 - 2392 / 128 * power)) ** (16384 / 2610)
+    else:
+        scene = np.where(rgb <= 0.5, rgb**2 / 3, (np.exp((rgb - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        nits = 1000 * scene * np.tensordot([0.2627, 0.6780, 0.0593], scene, 1) ** 0.2
+    to_709 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
+    return np.clip(np.tensordot(to_709, nits / 203, 1), 0, 1) ** (1 / 2.4)
 
 
 def upright_plane(image: Image, j: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:

@@ -382,6 +382,30 @@ def test_boxes_are_in_square_pixels(rng, pixel_aspect, rotation, mirrored, resiz
         assert np.isfinite(run([image], [(7, 9, 8, 10)], resize=resize)).all()
 
 
+@pytest.mark.parametrize("transfer", ["pq", "hlg"])
+@pytest.mark.parametrize("bits", [8, 10, 16])
+def test_hdr_is_mapped_to_sdr(rng, transfer, bits):
+    image = dataclasses.replace(noise_image(rng, bits=bits, matrix="bt2020"), transfer=transfer)
+    for padding in PADDINGS:
+        boxes = [BOXES["inside"], BOXES["over all edges"]]
+        assert_as_reference([image], boxes, padding=padding, op="crop_resize_hdr")
+
+
+@pytest.mark.parametrize(("transfer", "white"), [("pq", 0.5807), ("hlg", 0.75)])
+def test_diffuse_white_of_hdr_is_white(transfer, white):
+    """ITU-R BT.2408, table 1: 203 cd/m2 are 58 % of PQ and 75 % of HLG."""
+    levels = [0, white / 2, white, 1]
+    images = [
+        Image(tuple(np.full((4, 4), round(65535 * v), np.uint16) for _ in range(3)), 16, "rgb", True, transfer=transfer)
+        for v in levels
+    ]
+    got = run(images, [(0, 0, 4, 4)] * 4, range(4), out_hw=(1, 1))[:, :, 0, 0]
+    np.testing.assert_allclose(got[0], 0, atol=1e-3)
+    np.testing.assert_allclose(got[2], 255, atol=0.5)
+    np.testing.assert_allclose(got[3], 255, atol=1e-3)
+    assert np.all((got[1] > 50) & (got[1] < 160))
+
+
 def test_the_inputs_are_not_written_to(crowd):
     images, boxes, index = crowd
     before = [c.copy() for i in images for c in i.components], boxes.copy(), index.copy()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from assets import (
@@ -22,6 +24,7 @@ from assets import (
     x265,
 )
 from av.stream import Disposition
+from av.video.reformatter import Colorspace
 from PIL import Image as PillowImage
 
 from dfengine import Engine
@@ -323,3 +326,97 @@ def test_a_real_file_with_wide_pixels(faults: Path, packaged: Engine, demo: Vide
     assert score.warnings == ()
     assert len(score.tracks) == 1
     assert score.p_fake is not None
+
+
+# -- HDR ---------------------------------------------------------------------------------------------------------------
+
+
+def in_pq(i: int, w: int, h: int) -> np.ndarray:
+    """The moving face as HDR shows it: BT.709 colours in BT.2020 ones, white at 203 cd/m2 (ITU-R BT.2408, BT.2087)."""
+    light = (moving_face(i, w, h) / 255.0) ** 2.4
+    to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+    power = (light @ to_2020.T * 203 / 10000) ** (2610 / 16384)
+    coded = ((107 / 128 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
+    return (255 * coded).round().astype(np.uint8)
+
+
+def in_hlg(i: int, w: int, h: int) -> np.ndarray:
+    light = (moving_face(i, w, h) / 255.0) ** 2.4
+    to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+    shown = light @ to_2020.T * 203 / 1000
+    luminance = np.maximum(shown @ [0.2627, 0.6780, 0.0593], 1e-9)[..., None]
+    scene = shown * luminance ** (-1 / 6)  # the inverse of the system gamma of 1.2
+    bent = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    return (255 * np.where(scene <= 1 / 12, np.sqrt(3 * scene), bent)).round().clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("name", "number", "picture"), [("smpte2084", 16, in_pq), ("arib-std-b67", 18, in_hlg)])
+def test_hdr_is_scored_as_sdr_and_said(
+    engine: Engine, made: MakeClip, name: str, number: int, picture: Callable[[int, int, int], np.ndarray]
+) -> None:
+    clip = x265(
+        f"{name}.mp4",
+        f"keyint=12:transfer={name}:colorprim=bt2020:colormatrix=bt2020nc",
+        pix_fmt="yuv420p10le",
+        wh=(320, 240),
+        frames=36,
+        picture=picture,
+        colorspace=Colorspace.bt2020,
+    )
+    images, warnings = decode(made(clip))
+    transfer = {16: "pq", 18: "hlg"}[number]
+    assert {(i.transfer, i.matrix) for i in images} == {(transfer, "bt2020")}
+    assert warnings == [f"the colours are HDR ({transfer.upper()}); they are mapped to SDR, as networks know them"]
+    twin = engine.score(made(x264("upright.mp4", "keyint=12:bframes=2", wh=(320, 240), frames=36, picture=moving_face)))
+    score = engine.score(made(clip))
+    assert_as(score, twin, 0.03)
+    assert_same_boxes(score, twin, 8)
+
+
+def dolby_vision(profile: int, compatible_with: int) -> bytes:
+    """A configuration record as a box (Dolby Vision Streams Within the ISO Base Media File Format, 2.2)."""
+    bits = profile << 9 | 1 << 3 | 0b101  # level 1; metadata, no enhancement layer, base layer
+    record = struct.pack(">BBHB", 1, 0, bits, compatible_with << 4) + bytes(19)
+    return struct.pack(">I", 8 + len(record)) + b"dvcC" + record
+
+
+@pytest.mark.parametrize(("profile", "compatible_with", "refused"), [(5, 0, True), (8, 1, False), (8, 4, False)])
+def test_dolby_vision_without_a_readable_base_layer_is_refused(
+    engine: Engine, made: MakeClip, tmp_path: Path, profile: int, compatible_with: int, refused: bool
+) -> None:
+    data = made(x265("face_hevc.mp4", "keyint=12", wh=(320, 240), frames=36, picture=moving_face)).read_bytes()
+    at = data.index(b"hvcC") - 4
+    box = dolby_vision(profile, compatible_with)
+    for parent in (b"hev1", b"hvc1", b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
+        place = data.find(parent) - 4
+        if place >= 0:
+            (length,) = struct.unpack(">I", data[place : place + 4])
+            data = data[:place] + struct.pack(">I", length + len(box)) + data[place + 4 :]
+    path = tmp_path / "dolby.mp4"
+    path.write_bytes(data[:at] + box + data[at:])
+    score = engine.score(path)
+    if refused:
+        assert score.error is not None
+        assert (score.error.type, score.error.stage) == ("UnsupportedVideo", "open")
+        assert "this is Dolby Vision profile 5, whose samples mean other colours" in score.error.message
+        if "matroska" in av.formats_available:  # the record goes along
+            with av.open(str(path)) as source, av.open(str(tmp_path / "dolby.mkv"), "w") as sink:
+                stream = sink.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        sink.mux(packet)
+            again = engine.score(tmp_path / "dolby.mkv").error
+            assert again is not None
+            assert again.message == score.error.message
+    else:
+        assert score.status == "ok", score.error
+
+
+def test_real_hdr(faults: Path, packaged: Engine, demo: VideoScore) -> None:
+    score = packaged.score(faults / "hdr_pq_bt2020.mp4")
+    assert_as(score, demo, 0.05)
+    assert "HDR (PQ)" in score.warnings[0]
+    refused = packaged.score(faults / "dolby_vision_profile5.mp4").error
+    assert refused is not None
+    assert refused.type == "UnsupportedVideo"

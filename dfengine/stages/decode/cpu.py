@@ -34,6 +34,7 @@ _MATRICES = {
     10: "bt2020",
 }
 _LIMITED, _FULL = 1, 2  # AVColorRange
+_TRANSFERS = {16: "pq", 18: "hlg"}  # AVColorTransferCharacteristic (H.273 table 3); all others count as SDR
 
 # The widest pixels that H.264 has a code for are 2:1 (ITU-T H.264, table E-1), those of a field 2:1 and 1:2 of that.
 MOST_ASPECT = 4
@@ -129,6 +130,8 @@ def picture_notes(frame: VideoFrame, stream: VideoStream) -> list[str]:
     notes = []
     if frame.interlaced_frame:
         notes.append("the pictures are interlaced; one field of each is scored")
+    if transfer := _TRANSFERS.get(int(frame.color_trc)):
+        notes.append(f"the colours are HDR ({transfer.upper()}); they are mapped to SDR, as networks know them")
     stated = stream.sample_aspect_ratio
     if stated and _pixel_aspect(stream) != float(stated):
         notes.append(f"pixels are said to be {stated.numerator}:{stated.denominator}; they are taken for square")
@@ -181,6 +184,7 @@ def _view(frame: VideoFrame) -> Image:
         subsampling_xy=(-(-w // cw), -(-h // ch)),
         rotation=rotation,
         mirrored=mirrored,
+        transfer=_TRANSFERS.get(int(frame.color_trc), "sdr"),
     )
 
 

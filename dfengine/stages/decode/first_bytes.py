@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from dfengine.types import PathLikeStr
@@ -93,24 +94,45 @@ def missing_index(path: PathLikeStr) -> str:
     """Why an MP4 or QuickTime file has no whole index (moov), without which nothing can be read; "" if it has one, or
     is another kind of file."""
     size = os.path.getsize(path)
-    at = 0
     with open(path, "rb") as file:
-        for _ in range(_MOST_BOXES):
-            file.seek(at)
-            begin = file.read(16)
-            if at == 0 and begin[4:8] not in _FIRST_BOXES:
-                return ""
-            if len(begin) < 8:
-                return "the file has no index, as of a recording that was not finished; repair it or record it again"
-            (length,) = struct.unpack(">I", begin[:4])
-            if length == 1 and len(begin) == 16:
-                (length,) = struct.unpack(">Q", begin[8:])
-            if length == 0:
-                length = max(8, size - at)
+        for kind, at, length in _boxes(file, size):
             is_cut = at + length > size
-            if begin[4:8] == b"moov" or length < 8:
+            if kind == b"moov":
                 return "the download was cut in its index; fetch it again" if is_cut else ""
             if is_cut:
                 return "the download was cut before its index; fetch it again"
-            at += length
+            if at + length == size:
+                return "the file has no index, as of a recording that was not finished; repair it or record it again"
     return ""
+
+
+def read_index(path: PathLikeStr) -> bytes:
+    """The index (moov) of an MP4 or QuickTime file, at most 64 MiB of it; nothing if there is none."""
+    with open(path, "rb") as file:
+        for kind, at, length in _boxes(file, os.path.getsize(path)):
+            if kind == b"moov":
+                file.seek(at)
+                return file.read(min(length, 64 << 20))
+    return b""
+
+
+def _boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """(type, where it begins, bytes it says it has) of the outermost boxes; none if the file does not begin with one.
+
+    The first that cannot be one, or lies beyond the end, ends it.
+    """
+    at = 0
+    for _ in range(_MOST_BOXES):
+        file.seek(at)
+        begin = file.read(16)
+        if len(begin) < 8 or (at == 0 and begin[4:8] not in _FIRST_BOXES):
+            return
+        (length,) = struct.unpack(">I", begin[:4])
+        if length == 1 and len(begin) == 16:
+            (length,) = struct.unpack(">Q", begin[8:])
+        elif length == 0:
+            length = size - at
+        if length < 8:
+            return
+        yield begin[4:8], at, length
+        at += length

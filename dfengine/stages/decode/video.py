@@ -28,6 +28,7 @@ from dfengine.sampling import (
     towards_key_frames,
 )
 from dfengine.stages.decode.decoder import MAX_PIXELS, TIE_SECONDS, CannotDecode, Numbered, PacketDecoder, Packets
+from dfengine.stages.decode.dolby import own_colours
 from dfengine.stages.decode.first_bytes import SEQUENCE_BRANDS, STILL_BRANDS, missing_index
 from dfengine.stages.decode.nal import NalFormat
 from dfengine.stages.decode.streams import choose, passed_over, rank
@@ -62,6 +63,8 @@ LONG_GAP_SECONDS = 60.0
 _TRUSTED_KEYS = ("mov", "matroska")
 
 _IMAGE_FORMATS = ("apng", "gif", "jpeg_pipe", "mjpeg")  # of FFmpeg, that hold one picture as well as many
+
+_DOLBY_CODECS = ("hevc", "av1", "libdav1d")  # of FFmpeg, in which Dolby Vision may have colours of its own
 
 _ENCRYPTED = "the video is encrypted; score a decrypted copy"
 _ENCRYPTED_TAGS = ("encv", "drmi")  # sample entries of ISO 23001-7 and of FairPlay
@@ -178,6 +181,13 @@ class Video:
             raise UnsupportedVideo("FFmpeg has no decoder for this video stream", path=self.path, stage="open")
         if codec.codec_tag in _ENCRYPTED_TAGS:
             raise UnsupportedVideo(_ENCRYPTED, path=self.path, stage="open")
+        if codec.name in _DOLBY_CODECS and (profile := own_colours(self.path, self._container.format.name)):
+            raise UnsupportedVideo(
+                f"this is Dolby Vision profile {profile}, whose samples mean other colours than FFmpeg gives; convert "
+                "it to SDR or HDR10 first",
+                path=self.path,
+                stage="open",
+            )
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width * height > MAX_PIXELS:
             raise UnsupportedVideo(
