@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -310,6 +311,26 @@ def test_a_time_limit_with_every_kind_of_file(folder: Path, many: Path) -> None:
     assert all(r["status"] == "ok" for r in rows if "face" in r["path"])
     assert len((folder / "sub.csv").read_text().splitlines()) == 14
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_network_that_does_not_compile_costs_no_old_row(folder: Path, tmp_path: Path, suffix: str) -> None:
+    damaged = write_bundle(tmp_path / "damaged")
+    spec = json.loads((damaged / "bundle.json").read_text())
+    (damaged / "mean.onnx").write_bytes(b"no network")
+    spec["members"][0]["sha256"] = hashlib.sha256(b"no network").hexdigest()
+    (damaged / "bundle.json").write_text(json.dumps(spec))
+    out, submission = tmp_path / f"out{suffix}", tmp_path / "sub.csv"
+    words = ["clips/face.mp4", "--out", str(out), "--submission", str(submission)]
+    assert score(folder, *words).returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    assert set(before) == {out.name, "sub.csv"}
+    for resume in ([], ["--resume"]):
+        done = run(folder, "score", *words, *resume, "--bundle", str(damaged))
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"dfengine: error: network development/mean cannot be compiled (Unable to read")
+        assert len(done.stderr.splitlines()) == 1
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_rows(folder: Path, many: Path) -> None:

@@ -120,6 +120,47 @@ def test_a_run_without_resume_replaces_what_is_there(tmp_path: Path, suffix: str
     assert names(write(path, [NO_FACE])) == [NO_FACE.path]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_nothing_is_replaced_before_the_first_new_row(
+    tmp_path: Path, suffix: str, resume: bool, is_whole: bool
+) -> None:
+    path = tmp_path / f"out{suffix}"
+    with Output(inputs_of([OK, GONE]), out=path, submission=tmp_path / "s.csv") as output:
+        output.write(OK)
+        output.write(GONE)
+        output.finish(complete=is_whole)
+    before = contents(tmp_path)
+    assert len(before) == 2
+    other = dataclasses.replace(OK, request="99", p_fake=0.75)
+    files = {"out": path, "submission": tmp_path / "s.csv", "resume": resume}
+    for interrupted in (True, False):
+        with Output(inputs_of([other, GONE]), **files) as output:
+            assert output.done == {}
+            if interrupted:
+                output.finish(complete=False)
+        assert contents(tmp_path) == before
+        assert output.path == path if is_whole else output.path in (path, tmp_path / f"out{suffix}.journal.jsonl")
+    with Output(inputs_of([other, GONE]), **files) as output:
+        output.write(other)
+        rows = [json.loads(line) for line in output.path.read_text().splitlines()]
+        assert [row["p_fake"] for row in rows] == [0.75]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_disk_that_is_full_at_the_first_row_leaves_the_old_rows(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"out{suffix}", ALL)
+    before = contents(tmp_path)
+    with Journal(path, inputs_of(ALL)) as journal, largest_file(100), pytest.raises(OutputError, match="File too"):
+        journal.write(OK)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_tables_are_in_the_order_of_the_input(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "PARQUET_ROWS", 3)
@@ -225,6 +266,7 @@ def test_a_path_twice_in_a_journal_keeps_its_last_row(tmp_path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
     with Journal(path, inputs_of([OK, NO_FACE]), resume=True) as journal:
         assert journal.done["00"].p_fake == 0.75
+        journal.finish()
     assert len(read(path)) == 2
 
 
@@ -375,13 +417,15 @@ def test_a_submission_is_complete_at_every_moment(tmp_path: Path, monkeypatch: p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sub.csv", "sub.csv.journal.jsonl"]
     with Output(inputs, submission=path, missing_label=0.25, resume=True) as output:
         assert output.done == {"00": ("ok", 0.125), "11": ("error", None)}
-        assert path.read_text() == "filename,label\na.mp4,0.25\nm.mp4,0.25\nz.mp4,0.125\n"
+        assert path.read_text() == "filename,label\na.mp4,0.5\nm.mp4,0.5\nz.mp4,0.125\n"
         output.write(VideoScore("b/m.mp4", "no_face", request="22"))
+        assert path.read_text() == "filename,label\na.mp4,0.25\nm.mp4,0.25\nz.mp4,0.125\n"
         output.finish(complete=True)
     assert path.read_text() == "filename,label\na.mp4,0.25\nm.mp4,0.25\nz.mp4,0.125\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sub.csv", "sub.csv.journal.jsonl"]
     with Output(inputs, submission=path, resume=True) as output:  # it was complete, and its labels stay
         assert set(output.done) == {"00", "11", "22"}
+        output.finish(complete=True)
     assert path.read_text() == "filename,label\na.mp4,0.5\nm.mp4,0.5\nz.mp4,0.125\n"
 
 

@@ -44,8 +44,8 @@ class Journal(AbstractContextManager["Journal"]):
     """The file of results of one run: append with ``write``, complete with ``finish``.
 
     ``inputs``: path (as in the rows) by request, in the order that a table shall have. With ``resume``, ``done`` has
-    the requests that need not be made again, and their answers; without, what is there is replaced. Without a
-    ``table`` the journal serves to resume alone, and stays.
+    the requests that need not be made again, and their answers; without, what is there is replaced, in both cases not
+    before the first new row is there. Without a ``table`` the journal serves to resume alone, and stays.
 
     Raises OptionError for a file that cannot be had, here; OutputError for a disk that is full or a folder that is
     gone, and for a file that is not dfengine's.
@@ -62,32 +62,38 @@ class Journal(AbstractContextManager["Journal"]):
         self.done: dict[str, Done] = {}
         if self._has_table and path.is_dir():
             raise OptionError(f"the output {str(path)!r} cannot be written (Is a directory)")
+        self._kept: set[int] = set()  # lines of the old rows that stay
+        self._begun = False  # whether what is at ``path`` is of this run
         try:
             self._file = _open_locked(self.path)
         except OSError as error:
             raise OptionError(f"the output {str(self.path)!r} cannot be written ({error.strerror})") from None
         try:
             if resume:
-                self._resume()
-            else:
-                os.truncate(self._file, 0)
+                self._find_done()
         except OutputError:
-            os.close(self._file)
+            self.__exit__()
             raise
         except OSError as error:
-            os.close(self._file)
+            self.__exit__()
             raise output_error(self.path, error) from None
         self._synced = time.monotonic()
 
     def __exit__(self, *error: object) -> None:
         with suppress(OSError):
             os.fsync(self._file)
+            status = os.fstat(self._file)
+            if not self._begun and status.st_size == 0 and status.st_nlink:
+                self.path.unlink()  # made for its lock alone
         os.close(self._file)
 
     def write(self, score: VideoScore) -> None:
         """Adds one row. Raises OutputError; the rows before it stay."""
         data = (to_line(self._format.to_row(score)) + "\n").encode("ascii")
         try:
+            if not self._begun:
+                self._begin(data)
+                return
             if os.fstat(self._file).st_nlink == 0:
                 raise OutputError("the file was removed while results were written to it", path=self.path)
             _append(self._file, data)
@@ -102,6 +108,8 @@ class Journal(AbstractContextManager["Journal"]):
     def finish(self) -> None:
         """All rows are there: makes the table and removes its journal. Raises OutputError, and the journal stays."""
         try:
+            if not self._begun:
+                self._begin(b"")
             if self._has_table:
                 with replacing(self._format.path) as partial:
                     self._format.write_table(self._in_order(), partial)
@@ -109,8 +117,8 @@ class Journal(AbstractContextManager["Journal"]):
         except OSError as error:
             raise output_error(self._format.path, error, f"; its rows are in {self.path}") from None
 
-    def _resume(self) -> None:
-        """Keeps the last row of each path, but those to be made anew, in a journal that replaces the old one."""
+    def _find_done(self) -> None:
+        """The last row of each path stays, but those to be made anew."""
         keep: dict[str, int] = {}  # line by path
         requested = {path: request for request, path in self._inputs.items()}
         for number, row in enumerate(self._old_rows()):
@@ -123,19 +131,25 @@ class Journal(AbstractContextManager["Journal"]):
             else:
                 keep.pop(path, None)
                 self.done.pop(requested[path], None)
-        lines = set(keep.values())
-        with replacing(self.path) as partial:
-            new = _open_locked(partial)
-            try:
+        self._kept = set(keep.values())
+
+    def _begin(self, first: bytes) -> None:
+        """The old rows that stay, and the first new one, take the place of what was there."""
+        new = -1
+        try:
+            with replacing(self.path) as partial:
+                new = _open_locked(partial)
                 with open(new, "wb", closefd=False) as file:
-                    for number, row in enumerate(self._old_rows()):
-                        if number in lines:
+                    for number, row in enumerate(self._old_rows() if self._kept else ()):
+                        if number in self._kept:
                             file.write((to_line(row) + "\n").encode("ascii"))
-            except BaseException:
+                    file.write(first)
+        except BaseException:
+            if new >= 0:
                 os.close(new)
-                raise
+            raise
         os.close(self._file)
-        self._file = new
+        self._file, self._begun = new, True
 
     def _p_fake(self, row: Row) -> float | None:
         try:
@@ -220,15 +234,19 @@ def _check_row(row: Any, path: Path, where: str) -> None:
 
 def _open_locked(path: Path) -> int:
     """A file to append to, which no other run of dfengine writes to."""
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise OptionError(f"another run is writing to {str(path)!r}; wait for it, or end it") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise OptionError(f"another run is writing to {str(path)!r}; wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        os.close(file)  # another run has just replaced or removed it
 
 
 def _append(file: int, data: bytes) -> None:

@@ -17,7 +17,8 @@ class Output(AbstractContextManager["Output"]):
     """Everything a run writes to files: results, a submission, both or nothing.
 
     ``inputs``: path (as in the rows) by request. ``done``: what an earlier run has answered, by request. ``failed``:
-    rows with an error so far, those of the earlier run included.
+    rows with an error so far, those of the earlier run included. A file that is there is not replaced before the first
+    new row.
     """
 
     def __init__(
@@ -35,24 +36,34 @@ class Output(AbstractContextManager["Output"]):
             raise OptionError("--resume needs the file to go on with: give --out or --submission")
         self._submission: Submission | None = None
         self._journal: Journal | None = None
+        self._any_new = False
         if submission:
             self._submission = Submission(submission, inputs.values(), missing_label=missing_label)
-        if target := out or submission:
-            self._journal = Journal(target, inputs, resume=resume, table=out is not None)
+        self._target = out or submission
+        if self._target:
+            self._journal = Journal(self._target, inputs, resume=resume, table=out is not None)
         self.done = self._journal.done if self._journal else {}
         self.failed = sum(done.status == "error" for done in self.done.values())
-        self.path = self._journal.path if self._journal else None
         if self._submission:
             self._submission.update({inputs[request]: done.p_fake for request, done in self.done.items()})
-            self._submission.save()
+            if submission and not submission.exists():
+                self._submission.save()
 
     def __exit__(self, *error: object) -> None:
         if self._journal:
             self._journal.__exit__(*error)
 
+    @property
+    def path(self) -> Path | None:
+        """Where the rows are that --resume will find."""
+        if self._journal is None or self._target is None:
+            return None
+        return self._journal.path if self._journal.path.exists() else self._target
+
     def write(self, score: VideoScore) -> None:
         """Adds one score. Raises OutputError."""
         self.failed += score.status == "error"
+        self._any_new = True
         if self._journal:
             self._journal.write(score)
         if self._submission:
@@ -61,7 +72,7 @@ class Output(AbstractContextManager["Output"]):
 
     def finish(self, *, complete: bool) -> None:
         """The run is over; ``complete``: with a row for every input, so that tables can be made."""
-        if self._submission:
+        if self._submission and (complete or self._any_new):
             self._submission.save()
         if self._journal and complete:
             self._journal.finish()
