@@ -39,8 +39,8 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-class _Request:
-    """Some rows of one caller."""
+class _Call:
+    """Some rows that one caller waits for: all of ``run``, or as many as a batch may hold."""
 
     def __init__(self, inputs: tuple[Array, ...], ready: Any) -> None:
         self.inputs = inputs
@@ -67,7 +67,7 @@ class BatchingSession:
         self.max_batch = min(e.max_batch for e in executors)
         self._executors = tuple(executors)
         self._idle = list(executors)
-        self._line: deque[_Request] = deque()
+        self._line: deque[_Call] = deque()
         self._changed = threading.Condition()
         self._nothing: Outputs | None = None
 
@@ -81,47 +81,47 @@ class BatchingSession:
             return self._nothing
         device = next((x for x in inputs if on_device(x)), None)
         ready = device.lane.record() if device is not None else None
-        requests = _cut(inputs, ready, self.max_batch)
+        calls = _cut(inputs, ready, self.max_batch)
         with self._changed:
-            self._line.extend(requests)
-        for request in requests:
-            self._see_to(request)
-        for request in requests:
-            if request.error is not None:
-                raise request.error
-        return _join(r.outputs or [] for r in requests)
+            self._line.extend(calls)
+        for call in calls:
+            self._finish(call)
+        for call in calls:
+            if call.error is not None:
+                raise call.error
+        return _join(r.outputs or [] for r in calls)
 
     def close(self) -> None:
         for executor in self._executors:
             executor.close()
 
-    def _see_to(self, request: _Request) -> None:
-        """Serves whoever is first in line until ``request`` is done, by this thread or another."""
+    def _finish(self, call: _Call) -> None:
+        """Runs batches, whoever is first in line, until ``call`` is done, by this thread or another."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: request.done or (self._idle and self._line))
-                if request.done:
+                self._changed.wait_for(lambda: call.done or (self._idle and self._line))
+                if call.done:
                     return
-                executor, batch = self._idle.pop(), self._take()
+                executor, batch = self._idle.pop(), self._next_batch()
             try:
-                self._serve(executor, batch)
+                self._run_batch(executor, batch)
             finally:
                 with self._changed:
                     self._idle.append(executor)
                     self._changed.notify_all()
 
-    def _take(self) -> list[_Request]:
+    def _next_batch(self) -> list[_Call]:
         """Removes the first in line, and those behind it that fit into one batch with it."""
         batch = [self._line.popleft()]
         rows, waiting = batch[0].rows, list(self._line)
-        for request in waiting:
-            if request.key == batch[0].key and rows + request.rows <= self.max_batch:
-                batch.append(request)
-                rows += request.rows
-                self._line.remove(request)
+        for call in waiting:
+            if call.key == batch[0].key and rows + call.rows <= self.max_batch:
+                batch.append(call)
+                rows += call.rows
+                self._line.remove(call)
         return batch
 
-    def _serve(self, executor: Executor, batch: list[_Request]) -> None:
+    def _run_batch(self, executor: Executor, batch: list[_Call]) -> None:
         try:
             try:
                 outputs = _execute(executor, batch)
@@ -130,33 +130,33 @@ class BatchingSession:
                 if rows == 1:
                     raise
                 self.max_batch = min(self.max_batch, max(1, rows // 2))
-                self._serve_in_pieces(executor, batch)
+                self._run_apart(executor, batch)
                 return
         except BaseException as error:  # the others must not wait for ever, whatever it is
-            for request in batch:
-                request.error = error
+            for call in batch:
+                call.error = error
             if not isinstance(error, Exception):
                 raise
             return
         at = 0
-        for request in batch:
-            request.outputs = [out[at : at + request.rows] for out in outputs]
-            at += request.rows
+        for call in batch:
+            call.outputs = [out[at : at + call.rows] for out in outputs]
+            at += call.rows
 
-    def _serve_in_pieces(self, executor: Executor, batch: list[_Request]) -> None:
+    def _run_apart(self, executor: Executor, batch: list[_Call]) -> None:
         """Each caller's rows on their own, and no more than ``max_batch`` of them at a time."""
-        for request in batch:
-            pieces = _cut(request.inputs, request.ready, self.max_batch)
+        for call in batch:
+            pieces = _cut(call.inputs, call.ready, self.max_batch)
             try:
-                request.outputs = _join(_execute(executor, [piece]) for piece in pieces)
+                call.outputs = _join(_execute(executor, [piece]) for piece in pieces)
             except (DeviceMemoryError, InferenceError) as error:
-                request.error = error
+                call.error = error
 
 
-def _cut(inputs: tuple[Array, ...], ready: Any, size: int) -> list[_Request]:
+def _cut(inputs: tuple[Array, ...], ready: Any, size: int) -> list[_Call]:
     """The rows of one caller, at most ``size`` at a time."""
     starts = range(0, len(inputs[0]), size)
-    return [_Request(tuple(x[i : i + size] for x in inputs), ready) for i in starts]  # type: ignore[index]
+    return [_Call(tuple(x[i : i + size] for x in inputs), ready) for i in starts]  # type: ignore[index]
 
 
 def _join(outputs: Iterable[Outputs]) -> Outputs:
@@ -164,5 +164,5 @@ def _join(outputs: Iterable[Outputs]) -> Outputs:
     return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
-def _execute(executor: Executor, batch: list[_Request]) -> Outputs:
+def _execute(executor: Executor, batch: list[_Call]) -> Outputs:
     return executor.run([r.inputs for r in batch], [r.ready for r in batch if r.ready is not None])

@@ -32,7 +32,7 @@ PREPARED_SHAPES = 64
 
 
 class Prepared(Protocol):
-    """A batch of one shape: its inputs are read from, and its outputs appear in, memory that stays the same."""
+    """A network made ready for batches of one shape, whose inputs and outputs always lie in the same memory."""
 
     @property
     def outputs(self) -> Sequence[DeviceArray]:

@@ -181,7 +181,7 @@ class NvdecPool:
     def _end(self, session: _Session) -> None:
         try:
             session.close()
-        except Exception:  # it failed before, which was told; its lane is not used again
+        except Exception:  # it failed before, which was reported; its lane is not used again
             return
         with self._changed:
             self._lanes.append(session.lane)
@@ -337,7 +337,7 @@ class NvdecDecoder:
     def _look_at(self, packet: Packet[VideoStream]) -> Image:
         """A picture that has all but the first picture's samples: FFmpeg tells rotation and colours, for both decoders.
 
-        It is given the beginning of the first slice and told not to conceal the rest: .5 ms instead of 30 ms at 1080p.
+        It gets the beginning of the first slice, and does not conceal the rest: .5 ms instead of 30 ms at 1080p.
         """
         assert self._nal is not None
         codec = self._stream.codec_context

@@ -6,7 +6,7 @@ GPU it knows, and compiles the rest when an engine is used. And RTX captures CUD
 
 Note [A context for each shape]
 A captured graph is good for as long as its context is not given another shape (NVIDIA's guide says so). So with
-TensorRT each prepared batch has a context of its own; the memory they work in is one for all, as only one runs.
+TensorRT each prepared shape has a context of its own; the memory they work in is one for all, as only one runs.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ class TensorRtNetwork:
         self._runtime, self._engine, self._name = runtime, engine, name
         self._scratch: DeviceArray | None = None
 
-    def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> Bound:
+    def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> PreparedContext:
         strategy = self._runtime.module.ExecutionContextAllocationStrategy.USER_MANAGED
         self._runtime.messages.clear()
         with self._runtime.errors_of(self._name):
@@ -272,9 +272,9 @@ class TensorRtNetwork:
         if self._scratch is None:
             self._scratch = lane.empty((max(256, int(self._engine.device_memory_size_v2)),), np.uint8)
         context.set_device_memory(self._scratch.pointer, self._scratch.nbytes)
-        bound = Bound(self._runtime, self._name, context, self._engine, lane, inputs)
-        bound.bind()
-        return bound
+        prepared = PreparedContext(self._runtime, self._name, context, self._engine, lane, inputs)
+        prepared.bind()
+        return prepared
 
     def close(self) -> None:
         self._scratch = self._engine = None
@@ -305,11 +305,13 @@ class RtxNetwork:
         self._runtime, self._name, self._engine = runtime, name, engine
         self._context = runtime._made(engine.create_execution_context(config), name, "no execution context")
 
-    def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> Bound:
+    def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> PreparedContext:
         self._runtime.messages.clear()
-        bound = Bound(self._runtime, self._name, self._context, self._engine, lane, inputs, shares_context=True)
-        bound.bind()
-        return bound
+        prepared = PreparedContext(
+            self._runtime, self._name, self._context, self._engine, lane, inputs, shares_context=True
+        )
+        prepared.bind()
+        return prepared
 
     def close(self) -> None:
         self._context = self._engine = None
@@ -321,8 +323,8 @@ class RtxNetwork:
                 log.warning("%s", error)
 
 
-class Bound:
-    """A context whose inputs and outputs have their places."""
+class PreparedContext:
+    """A context whose inputs and outputs have their places. See executor.Prepared."""
 
     def __init__(self, runtime: TensorRt, name: str, context: Any, engine: Any, lane: Lane,
                  inputs: Sequence[DeviceArray], *, shares_context: bool = False) -> None:  # fmt: skip
@@ -339,7 +341,7 @@ class Bound:
         self.outputs: list[DeviceArray] = []
 
     def bind(self) -> None:
-        """Gives the context this batch's shapes and addresses. Raises DeviceMemoryError, InferenceError."""
+        """Gives the context its shapes and addresses. Raises DeviceMemoryError, InferenceError."""
         with self._runtime.errors_of(self._name, self._messages):
             self._bind()
 

@@ -75,21 +75,24 @@ class TorchNetwork:
         self._as_tensor = as_tensor or _as_cuda_tensor
         self._pool: Any = None  # memory that all graphs work in; they never run at the same time
 
-    def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> _Batch:
+    def prepare(self, lane: Lane, inputs: Sequence[DeviceArray]) -> PreparedModule:
         import torch
 
         with _errors_of(torch, self._name):
             tensors = [self._as_tensor(x) for x in inputs]
             if self._pool is None and tensors[0].is_cuda:
                 self._pool = torch.cuda.graph_pool_handle()
-            return _Batch(self._gpu, self._module, self._name, lane, tensors, self._pool)
+            return PreparedModule(self._gpu, self._module, self._name, lane, tensors, self._pool)
 
     def close(self) -> None:
         self._module = self._pool = None
 
 
-class _Batch:
-    """A batch of one shape. Runs once at the start, which shows what comes out and lets cuDNN choose its algorithms."""
+class PreparedModule:
+    """A module for batches of one shape. See executor.Prepared.
+
+    Runs once at the start, which shows what comes out and lets cuDNN choose its algorithms.
+    """
 
     def __init__(self, gpu: Gpu, module: Any, name: str, lane: Lane, inputs: Sequence[Any], pool: Any) -> None:
         import torch
