@@ -45,10 +45,11 @@ _MAX = float(np.finfo(np.float16).max)
 def to_float16(onnx: bytes, name: str) -> bytes:
     """The network with float16 inputs and insides, and float32 outputs. ``name`` is for messages.
 
-    Raises InferenceError for graphs with branches or loops, DeviceError where the package onnx is missing.
+    Raises InferenceError for what is no ONNX and for graphs with branches or loops, DeviceError where the package onnx
+    is missing.
     """
     try:
-        from onnx import TensorProto, helper, load_model_from_string, numpy_helper, shape_inference
+        from onnx import helper, load_model_from_string, shape_inference
     except ImportError:
         raise DeviceError(
             "float16 needs the package onnx; pip install 'dfengine[gpu]', or use precision fp32", stage="device"
@@ -60,67 +61,92 @@ def to_float16(onnx: bytes, name: str) -> bytes:
         raise InferenceError(f"network {name} cannot be read as ONNX ({first_line(error)})", stage="runtime") from None
     if nested := [n.op_type for n in graph.node if any(a.HasField("g") or a.graphs for a in n.attribute)]:
         raise InferenceError(
-            f"network {name} holds {nested[0]}, whose branches cannot be turned into float16; use precision fp32",
+            f"network {name} holds {nested[0]}, whose branches cannot be turned into float16; use precision fp32 "
+            "(dfengine.gpu.device.GpuDevice) or --device cpu",
             stage="runtime",
         )
     gather_constants(graph)
-    constants = {t.name: t for t in graph.initializer}
-    values = [*graph.value_info, *graph.input, *graph.output]
-    floats = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
-    floats |= {key for key, t in constants.items() if t.data_type == TensorProto.FLOAT}
-    # Which type each value has now. Constants get what their first reader needs, and a twin for other readers.
-    types = {v.name: TensorProto.FLOAT16 for v in graph.input if v.name in floats and v.name not in constants}
-    for v in graph.input:
-        if v.name in types:
-            v.type.tensor_type.elem_type = TensorProto.FLOAT16
-    kept = _last_layers(graph) | {i for i, n in enumerate(graph.node) if n.op_type in _KEPT}
-    nodes: list[Any] = []
-    initializers = {key: t for key, t in constants.items() if key not in floats}
-    made: dict[tuple[str, int], str] = {}
-
-    def as_type(value: str, wanted: int) -> str:
-        """The name under which a value is there in the type that is wanted."""
-        if types.get(value) == wanted:
-            return value
-        if (value, wanted) not in made:
-            made[value, wanted] = twin = f"{value}.{'float16' if wanted == TensorProto.FLOAT16 else 'float32'}"
-            if value in constants:
-                array = numpy_helper.to_array(constants[value])
-                half = wanted == TensorProto.FLOAT16
-                initializers[twin] = numpy_helper.from_array(array.astype(np.float16) if half else array, twin)
-            else:
-                nodes.append(helper.make_node("Cast", [value], [twin], name=twin, to=wanted))
-        return made[value, wanted]
-
-    for i, node in enumerate(graph.node):
-        too_large = any(_exceeds(constants[v]) for v in node.input if v in constants and v in floats)
-        wanted = TensorProto.FLOAT if i in kept or too_large else TensorProto.FLOAT16
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-                attribute.i = wanted
-            elif node.op_type == "ConstantOfShape" and attribute.t.data_type == TensorProto.FLOAT:
-                half = wanted == TensorProto.FLOAT16
-                array = numpy_helper.to_array(attribute.t)
-                attribute.t.CopyFrom(numpy_helper.from_array(array.astype(np.float16) if half else array))
-        # Cast takes what there is.
-        for j, value in enumerate(node.input):
-            if value in floats and node.op_type != "Cast":
-                node.input[j] = as_type(value, wanted)
-        nodes.append(node)
-        types |= {value: wanted for value in node.output if value in floats}
-    for output in graph.output:
-        if types.get(output.name) == TensorProto.FLOAT16:
-            inner = f"{output.name}.inner"
-            for node in nodes:
-                node.output[:] = [inner if v == output.name else v for v in node.output]
-                node.input[:] = [inner if v == output.name else v for v in node.input]
-            nodes.append(helper.make_node("Cast", [inner], [output.name], to=TensorProto.FLOAT))
+    narrowed = _Narrowed(graph)
     made_graph = helper.make_graph(
-        nodes, graph.name, [v for v in graph.input if v.name not in constants], graph.output,
-        [_named(t, key) for key, t in initializers.items()],
+        narrowed.nodes, graph.name, [v for v in graph.input if v.name not in narrowed.constants], graph.output,
+        [_named(t, key) for key, t in narrowed.initializers.items()],
     )  # fmt: skip
     model.graph.CopyFrom(made_graph)
     return bytes(model.SerializeToString())
+
+
+class _Narrowed:
+    """The nodes and initializers of a graph in float16. Changes the types of the graph's inputs, and its nodes.
+
+    ``types``: which type each value has now. Constants get what their first reader needs, and a twin for other readers.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        from onnx import TensorProto
+
+        self._wide, self._half = TensorProto.FLOAT, TensorProto.FLOAT16
+        self.constants = {t.name: t for t in graph.initializer}
+        values = [*graph.value_info, *graph.input, *graph.output]
+        self.floats = {v.name for v in values if v.type.tensor_type.elem_type == self._wide}
+        self.floats |= {key for key, t in self.constants.items() if t.data_type == self._wide}
+        self.types = {v.name: self._half for v in graph.input if v.name in self.floats and v.name not in self.constants}
+        for v in graph.input:
+            if v.name in self.types:
+                v.type.tensor_type.elem_type = self._half
+        self.nodes: list[Any] = []
+        self.initializers = {key: t for key, t in self.constants.items() if key not in self.floats}
+        self._twins: dict[tuple[str, int], str] = {}
+        kept = _last_layers(graph) | {i for i, n in enumerate(graph.node) if n.op_type in _KEPT}
+        for i, node in enumerate(graph.node):
+            too_large = any(_exceeds(self.constants[v]) for v in node.input if v in self.constants and v in self.floats)
+            self._add(node, self._wide if i in kept or too_large else self._half)
+        for output in graph.output:
+            self._widen(output.name)
+
+    def _add(self, node: Any, wanted: int) -> None:
+        """A node that computes in the type that is wanted."""
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == self._wide:
+                attribute.i = wanted
+            elif node.op_type == "ConstantOfShape" and attribute.t.data_type == self._wide:
+                attribute.t.CopyFrom(self._as_tensor(attribute.t, wanted, ""))
+        # Cast takes what there is.
+        for j, value in enumerate(node.input):
+            if value in self.floats and node.op_type != "Cast":
+                node.input[j] = self._as_type(value, wanted)
+        self.nodes.append(node)
+        self.types |= {value: wanted for value in node.output if value in self.floats}
+
+    def _as_type(self, value: str, wanted: int) -> str:
+        """The name under which a value is there in the type that is wanted."""
+        from onnx import helper
+
+        if self.types.get(value) == wanted:
+            return value
+        if (value, wanted) not in self._twins:
+            self._twins[value, wanted] = twin = f"{value}.{'float16' if wanted == self._half else 'float32'}"
+            if value in self.constants:
+                self.initializers[twin] = self._as_tensor(self.constants[value], wanted, twin)
+            else:
+                self.nodes.append(helper.make_node("Cast", [value], [twin], name=twin, to=wanted))
+        return self._twins[value, wanted]
+
+    def _as_tensor(self, tensor: Any, wanted: int, name: str) -> Any:
+        from onnx import numpy_helper
+
+        array = numpy_helper.to_array(tensor)
+        return numpy_helper.from_array(array.astype(np.float16) if wanted == self._half else array, name or None)
+
+    def _widen(self, output: str) -> None:
+        """Outputs are float32."""
+        from onnx import helper
+
+        if self.types.get(output) == self._half:
+            inner = f"{output}.inner"
+            for node in self.nodes:
+                node.output[:] = [inner if v == output else v for v in node.output]
+                node.input[:] = [inner if v == output else v for v in node.input]
+            self.nodes.append(helper.make_node("Cast", [inner], [output], to=self._wide))
 
 
 def gather_constants(graph: Any) -> None:
