@@ -423,6 +423,24 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     assert len(run(gpu, ex, [np.zeros((2, 3, 48, 48))])[0]) == 2
 
 
+@pytest.mark.parametrize("rtx", [False, True])
+def test_what_only_saves_time_may_be_unreadable(
+    gpu: FakeGpu, tmp_path: Path, caplog: pytest.LogCaptureFixture, rtx: bool
+) -> None:
+    make_trt(gpu, tmp_path, rtx=rtx)
+    engines = tmp_path / "engines"
+    (engine,) = engines.glob("*.engine")
+    engine.unlink()
+    beside = engine.with_suffix(".kernels") if rtx else engines / "timing-tensorrt-11.4.0-Fake-GPU.cache"
+    beside.unlink(missing_ok=True)
+    beside.mkdir()
+    with caplog.at_level(logging.WARNING):
+        (ex,), _ = make_trt(gpu, tmp_path, rtx=rtx)
+        assert len(run(gpu, ex, [np.zeros((2, 3, 48, 48))])[0]) == 2
+        ex.close()
+    assert f"{beside}: cannot be read (Is a directory); it is done without" in caplog.text
+
+
 def test_threads_and_processes_build_once(gpu: FakeGpu, tmp_path: Path) -> None:
     fake = FakeTensorRt(gpu)
     threads = [threading.Thread(target=make_trt, args=(gpu, tmp_path), kwargs={"fake": fake}) for _ in range(3)]

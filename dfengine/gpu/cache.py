@@ -104,6 +104,17 @@ class EngineCache:
             yield
 
 
+def read_if_possible(path: Path) -> bytes:
+    """What a file holds that only saves time; b"" if there is none. One that cannot be read costs a warning."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        log.warning("%s: cannot be read (%s); it is done without", path, error.strerror)
+        return b""
+
+
 def write_cached(path: Path, data: bytes) -> None:
     """Replaces a file of the cache, and makes its folder. Raises OutputError."""
     try:

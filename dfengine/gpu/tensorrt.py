@@ -26,7 +26,7 @@ import numpy as np
 
 from dfengine.errors import DeviceError, DeviceMemoryError, DfengineError, InferenceError, OutputError, first_line
 from dfengine.gpu.array import DeviceArray
-from dfengine.gpu.cache import EngineCache, write_cached
+from dfengine.gpu.cache import EngineCache, read_if_possible, write_cached
 from dfengine.gpu.driver import says_memory_is_full
 from dfengine.gpu.executor import Executor, Network
 from dfengine.gpu.lanes import Gpu, Graph, Lane
@@ -220,7 +220,7 @@ def compile_network(runtime: TensorRt, gpu: Gpu | None, spec: EngineSpec, cache:
             except OutputError as error:
                 log.warning("%s", error)
 
-        return runtime.build(spec, timing=timing.read_bytes() if timing.exists() else b"", keep_timing=keep)
+        return runtime.build(spec, timing=read_if_possible(timing), keep_timing=keep)
 
     path = cache.path(spec.name, key)
     try:
@@ -297,7 +297,7 @@ class RtxNetwork:
         strategy = trt.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER if fixed else strategy.NONE
         self._kernels, self._file = config.create_runtime_cache(), kernels
-        known = kernels.read_bytes() if kernels.exists() else b""
+        known = read_if_possible(kernels)
         if known and not self._kernels.deserialize(known):
             log.info("%s is of another driver or version, or damaged; kernels are compiled again", kernels)
         self._known_bytes = len(known)
