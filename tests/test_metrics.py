@@ -7,6 +7,9 @@ import pytest
 
 pytest.importorskip("torch")  # the `train` extra
 
+from scipy.optimize import brentq
+from scipy.stats import mannwhitneyu
+
 from training import metrics
 
 
@@ -29,6 +32,32 @@ def test_auc_is_the_share_of_pairs_in_order(scored: tuple[np.ndarray, np.ndarray
     assert metrics.auc(labels, p) == pytest.approx(np.mean(pairs))
     fpr, tpr = metrics.roc(labels, p)
     assert np.trapezoid(tpr, fpr) == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("count", [7, 60, 500])
+def test_the_same_numbers_as_scipy(rng: np.random.Generator, count: int) -> None:
+    labels = (np.arange(count) % 3 == 0).astype(float)
+    scores = np.round(rng.normal(0, 1, count) + labels, 1)  # rounded: some are equal
+    u = mannwhitneyu(scores[labels == 1], scores[labels == 0]).statistic
+    assert metrics.auc(labels, scores) == pytest.approx(u / (labels.sum() * (1 - labels).sum()), abs=1e-12)
+    fpr, tpr = metrics.roc(labels, scores)
+    # At vertical steps of the ROC interpolation is not unique; the rate as a function of the share on the curve is.
+    at = np.arange(len(fpr))
+    gap = lambda t: np.interp(t, at, fpr) - 1 + np.interp(t, at, tpr)  # noqa: E731
+    assert metrics.eer(labels, scores) == pytest.approx(np.interp(brentq(gap, 0, at[-1]), at, fpr), abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [7, 60, 500])
+def test_the_same_numbers_as_scikit_learn(rng: np.random.Generator, count: int) -> None:
+    theirs = pytest.importorskip("sklearn.metrics")
+    labels = (np.arange(count) % 3 == 0).astype(float)
+    p = np.round(np.clip(0.3 * labels + rng.random(count) * 0.7, 0, 1), 2)
+    assert metrics.auc(labels, p) == pytest.approx(theirs.roc_auc_score(labels, p), abs=1e-12)
+    fpr, tpr, _ = theirs.roc_curve(labels, p, drop_intermediate=False)
+    np.testing.assert_allclose(metrics.roc(labels, p), (fpr, tpr), rtol=0, atol=1e-12)
+    assert metrics.accuracy(labels, p) == theirs.accuracy_score(labels, p >= 0.5)
+    inside = np.clip(p, 0.01, 0.99)  # elsewhere they clip differently
+    assert metrics.log_loss(labels, inside) == pytest.approx(theirs.log_loss(labels, inside), abs=1e-12)
 
 
 def test_auc_of_one_class_is_no_number() -> None:
