@@ -19,7 +19,7 @@ import torch
 from facenet_pytorch import MTCNN
 from numpy.typing import NDArray
 
-from dfengine.bundle import Bundle, ModelSpec
+from dfengine.bundle import Bundle, CropSpec, ModelSpec
 from dfengine.gpu.torch import to_module
 from dfengine.runtime import CpuDevice
 from dfengine.stages.aggregate import Verdict, judge
@@ -70,8 +70,8 @@ class Baseline:
             return None
         logits = {}
         for member in self._bundle.members:
-            boxes = crop_boxes(rows.xyxy, member)
-            batch = np.stack([crop_pil(pictures[f], b, member) for f, b in zip(rows.frame, boxes, strict=True)])
+            boxes = crop_boxes(rows.xyxy, member.crop)
+            batch = np.stack([crop_pil(pictures[f], b, member.crop) for f, b in zip(rows.frame, boxes, strict=True)])
             logits[member.name] = self._run(member, batch).astype(np.float64).reshape(-1)
         return judge(rows, logits, self._bundle)
 
@@ -191,7 +191,7 @@ class _RgbCutter(Cutter):
         return np.ascontiguousarray(out.transpose(0, 3, 1, 2))
 
 
-def crop_pil(picture: Picture, box: F32, spec: ModelSpec) -> F32:
+def crop_pil(picture: Picture, box: F32, crop: CropSpec) -> F32:
     """One crop, (3, H, W), with PIL's antialiased bilinear resize; the rim of the frame is repeated outside it."""
     h, w = picture.shape[:2]
     left, top = max(0, int(np.ceil(-box[0])) + 1), max(0, int(np.ceil(-box[1])) + 1)
@@ -199,7 +199,7 @@ def crop_pil(picture: Picture, box: F32, spec: ModelSpec) -> F32:
     if left or top or right or bottom:
         picture = np.pad(picture, ((top, bottom), (left, right), (0, 0)), "edge")
         box = box + np.array([left, top, left, top], np.float32)
-    size = (spec.input_hw[1], spec.input_hw[0])
+    size = (crop.input_hw[1], crop.input_hw[0])
     face = PIL.Image.fromarray(picture).resize(size, PIL.Image.Resampling.BILINEAR, box=tuple(float(v) for v in box))
     rgb = np.asarray(face, np.float32) / 255
-    return ((rgb - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)).transpose(2, 0, 1)
+    return ((rgb - np.array(crop.mean, np.float32)) / np.array(crop.std, np.float32)).transpose(2, 0, 1)

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from dfengine.bundle import SCHEMA_VERSION, Aggregation, Bundle, ModelSpec, Precision, to_json
+from dfengine.bundle import SCHEMA_VERSION, Aggregation, Bundle, CropSpec, ModelSpec, Precision, to_json
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -60,8 +60,8 @@ def _make_member(net: str, seed: int, out: Path, precision: Precision) -> ModelS
             dynamic_axes={"crops": {0: "batch"}, "logit": {0: "batch"}}, opset_version=17, dynamo=False,
         )  # fmt: skip
     return ModelSpec(
-        name=path.stem, file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), input_hw=(side, side),
-        margin_ratio=0.3, precision=precision, **IMAGENET,
+        name=path.stem, file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        crop=CropSpec(input_hw=(side, side), margin_ratio=0.3, **IMAGENET), precision=precision,
     )  # fmt: skip
 
 

@@ -60,9 +60,9 @@ def main() -> None:
         bundles = {"default": default} | {name: make_bundle(name, Path(temporary)) for name in NETS}
         for name, bundle in bundles.items():
             member = bundle.members[0]
-            size = f"{member.input_hw[0]} px"
-            cut = functools.partial(crop_tracks, frames.images, rows_found, member)
-            crops = cut().batch
+            size = f"{member.crop.input_hw[0]} px"
+            cut = functools.partial(crop_tracks, frames.images, rows_found, member.crop)
+            crops = cut()
             measure(f"crop, {size}", cut, "crop", len(crops))
             session = CpuDevice().session(bundle, member.name, threads=1)
             measure(f"{name}, {size}", lambda session=session, crops=crops: session.run(crops), "crop", len(crops))

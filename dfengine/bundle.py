@@ -20,7 +20,8 @@ from dfengine.sampling import Mode, Policy
 from dfengine.settings import from_plain, to_plain
 from dfengine.types import PathLikeStr
 
-SCHEMA_VERSION = 1
+# 2 has what a crop is in one place, members[i].crop. 1 had its fields flat in the member.
+SCHEMA_VERSION = 2
 PACKAGED = Path(__file__).parent / "bundles"
 
 Precision = Literal["fp32", "bf16"]
@@ -121,8 +122,21 @@ class AudioSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CropSpec:
+    """How a face becomes the input of a network: its preprocessing contract. See dfengine.stages.crop."""
+
+    input_hw: tuple[int, int] = (0, 0)
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # on RGB in 0..1
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    margin_ratio: float = 0.0  # the crop is the face box grown by this share of its size, in total
+    crop_shape: Literal["square", "box"] = "square"
+    resize: Literal["triangle", "area", "bilinear"] = "triangle"
+    padding: Literal["edge", "zero"] = "edge"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One network and its preprocessing contract. All give one logit, (B, 1) or (B,); positive means fake.
+    """One network and what goes into it. All give one logit, (B, 1) or (B,); positive means fake.
 
     ``kind`` says what goes in: "frame" takes crops (B, 3, H, W); "clip" takes (B, clip_frames, 3, H, W), crops of one
     person in order of time; "audio" takes clips and, as a second input, the log-mel of the sound (B, bands, frames).
@@ -133,19 +147,17 @@ class ModelSpec:
     file: str
     sha256: str
     kind: Literal["frame", "clip", "audio", "detector"] = "frame"
-    input_hw: tuple[int, int] = (0, 0)
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # on RGB in 0..1
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    margin_ratio: float = 0.0  # the crop is the face box grown by this share of its size, in total
-    crop_shape: Literal["square", "box"] = "square"
-    resize: Literal["triangle", "area", "bilinear"] = "triangle"
-    padding: Literal["edge", "zero"] = "edge"
+    crop: CropSpec = CropSpec()
     clip_frames: int = 1  # crops a clip; 1 for kind "frame"
     audio: AudioSettings = AudioSettings()  # only kind "audio" listens
     weight: float = 1.0
     # bf16: the network may run in bfloat16 where the processor has units for it, about twice as fast. Its logits then
     # depend on the machine, in the third digit.
     precision: Precision = "fp32"
+
+    @property
+    def takes_clips(self) -> bool:
+        return self.kind in ("clip", "audio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +197,7 @@ class Bundle:
         except (ValueError, OSError, RecursionError) as error:
             raise BundleError(f"bundle.json cannot be read ({error})", path=folder, stage="bundle") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if not isinstance(version, int):
+        if type(version) is not int:
             raise BundleError("bundle.json states no schema_version; this is no bundle", path=folder, stage="bundle")
         if version > SCHEMA_VERSION:
             raise BundleError(
@@ -194,7 +206,8 @@ class Bundle:
                 stage="bundle",
             )
         try:
-            loaded = dataclasses.replace(from_plain(cls, data), folder=folder, digest=hashlib.sha256(text).hexdigest())
+            loaded = from_plain(cls, _from_version_1(data) if version == 1 else data)
+            loaded = dataclasses.replace(loaded, folder=folder, digest=hashlib.sha256(text).hexdigest())
         except (TypeError, ValueError, OverflowError) as error:
             raise BundleError(f"bundle.json: {error}", path=folder, stage="bundle") from None
         loaded._check()
@@ -248,14 +261,14 @@ class Bundle:
             f"members must be at least one, with different names; got {names}",
         )
         for m in self.members:
-            who = f"member {m.name!r} has"
+            who, c = f"member {m.name!r} has", m.crop
             require(m.weight > 0, f"{who} weight {m.weight}; weights are positive")
-            require(m.kind == "detector" or min(m.input_hw) > 0, f"{who} input_hw {m.input_hw}; sizes are positive")
-            require(min(m.std) > 1e-6, f"{who} std {m.std}; each must be above 1e-6, on RGB in 0..1")
+            require(m.kind == "detector" or min(c.input_hw) > 0, f"{who} input_hw {c.input_hw}; sizes are positive")
+            require(min(c.std) > 1e-6, f"{who} std {c.std}; each must be above 1e-6, on RGB in 0..1")
             require(
-                m.margin_ratio > -1, f"{who} margin_ratio {m.margin_ratio}; above -1, or nothing of the box is left"
+                c.margin_ratio > -1, f"{who} margin_ratio {c.margin_ratio}; above -1, or nothing of the box is left"
             )
-            ok = m.clip_frames >= 1 if m.kind in ("clip", "audio") else m.clip_frames == 1
+            ok = m.clip_frames >= 1 if m.takes_clips else m.clip_frames == 1
             require(ok, f"{who} clip_frames {m.clip_frames}; at least 1, and 1 unless kind is clip or audio")
             a = m.audio
             ok = min(a.sample_rate, a.hop, a.bands, a.frames) >= 1 and a.window >= 2 and 0 < a.floor < 1
@@ -280,6 +293,21 @@ class Bundle:
 def to_json(bundle: Bundle, *, defaults: bool = True) -> str:
     """The text of a bundle.json that loads as ``bundle``; ``defaults=False`` leaves out what has its default value."""
     return json.dumps(to_plain(bundle, defaults=defaults), indent=2, ensure_ascii=False) + "\n"
+
+
+def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """The same bundle as schema version 2 writes it; what is wrong in it stays wrong."""
+    flat = {f.name for f in dataclasses.fields(CropSpec)}
+
+    def nest(member: Any) -> Any:
+        if not isinstance(member, dict) or "crop" in member:  # which version 1 does not know: see whether 2 does
+            return member
+        crop = {key: value for key, value in member.items() if key in flat}
+        return {key: value for key, value in member.items() if key not in flat} | {"crop": crop}
+
+    members = data.get("members")
+    nested = {"members": [nest(m) for m in members]} if isinstance(members, list) else {}
+    return data | nested | {"schema_version": 2}
 
 
 def _find(bundle: PathLikeStr) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.bundle import Bundle, ModelSpec
+from dfengine.bundle import Bundle, CropSpec
 from dfengine.errors import DfengineError, display_path
 from dfengine.runtime import Device
 from dfengine.stages.aggregate import Verdict, judge
@@ -21,7 +21,7 @@ from dfengine.stages.decode import DecoderPool, Video, open_video
 from dfengine.stages.detect import DETECTOR_BYTES, Detector
 from dfengine.stages.people import People
 from dfengine.timing import Watch
-from dfengine.types import F64, Crops, ErrorInfo, Frames, PathLikeStr, Plan, Tracks, VideoScore
+from dfengine.types import F64, Array, ErrorInfo, Frames, PathLikeStr, Plan, Tracks, VideoScore
 
 log = logging.getLogger("dfengine")
 
@@ -169,10 +169,10 @@ class Scoring:
     def _classify(self, frames: Frames, rows: Tracks, clips: Clips) -> dict[str, F64]:
         """The logits of the frame members, (R,) by name; the clip members take their rows into ``clips``."""
 
-        def make_crops(spec: ModelSpec, part: slice) -> Crops:
+        def make_crops(crop: CropSpec, part: slice) -> Array:
             with self._watch("crop"):
                 dtype = self._shared.device.dtype
-                return crop_tracks(frames.images, rows[part], spec, dtype=dtype, threads=self._threads)
+                return crop_tracks(frames.images, rows[part], crop, dtype=dtype, threads=self._threads)
 
         with self._watch("backbone"):
             logits = self._shared.backbone.run(len(rows), make_crops, only=self._plan.members)

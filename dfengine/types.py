@@ -214,26 +214,6 @@ class Tracks(_Described):
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Crops(_Described):
-    """Network input, with the identity of each row: rows of several videos may share a batch."""
-
-    batch: Array  # (B, 3, H, W) RGB, normalised
-    video: I64  # (B,)
-    track_id: I64  # (B,)
-    index: I64  # (B,), frame, in the order of presentation
-
-    def __post_init__(self) -> None:
-        n = len(self.batch)
-        if len(self.batch.shape) != 4 or self.batch.shape[1] != 3:
-            raise ValueError(f"batch must have shape (B, 3, H, W), got {self.batch.shape}")
-        for name in ("video", "track_id", "index"):
-            _check(getattr(self, name), name, np.int64, (n,))
-
-    def __len__(self) -> int:
-        return len(self.batch)
-
-
 @dataclass(frozen=True)
 class Plan:
     """How much work one video gets: what may differ from video to video in one run.

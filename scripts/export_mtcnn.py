@@ -17,7 +17,7 @@ import torch
 from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
 from torch import Tensor, nn
 
-from dfengine.bundle import SCHEMA_VERSION, Bundle, ModelSpec, to_json
+from dfengine.bundle import SCHEMA_VERSION, Bundle, CropSpec, ModelSpec, to_json
 
 OUT = Path(__file__).parents[1] / "dfengine/bundles/mtcnn"
 
@@ -53,7 +53,7 @@ def main() -> None:
         members.append(
             ModelSpec(
                 name=name, file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), kind="detector",
-                input_hw=(size, size), mean=(0.5,) * 3, std=(128 / 255,) * 3, resize="area",
+                crop=CropSpec(input_hw=(size, size), mean=(0.5,) * 3, std=(128 / 255,) * 3, resize="area"),
             )
         )  # fmt: skip
     bundle = Bundle(

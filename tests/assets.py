@@ -23,7 +23,7 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
-from dfengine.bundle import Bundle, ModelSpec, to_json
+from dfengine.bundle import SCHEMA_VERSION, Bundle, CropSpec, ModelSpec, to_json
 from dfengine.sampling import Policy
 from dfengine.stages.media import READ_ALL_TITLES
 
@@ -290,11 +290,14 @@ def write_bundle(folder: Path, **changes: object) -> Path:
         name="mean",
         file="mean.onnx",
         sha256=hashlib.sha256(weights).hexdigest(),
-        input_hw=(32, 32),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
+        crop=CropSpec(input_hw=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
     )
-    fields = {"schema_version": 1, "name": "development", "licence": "none", "members": (member,)} | changes
+    fields = {
+        "schema_version": SCHEMA_VERSION,
+        "name": "development",
+        "licence": "none",
+        "members": (member,),
+    } | changes
     if isinstance(fields.get("sampling"), str):
         fields["sampling"] = Policy.parse(fields["sampling"])
     (folder / "bundle.json").write_text(to_json(Bundle(**fields)), encoding="utf-8")

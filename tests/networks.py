@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from dfengine.bundle import PACKAGED, AudioSettings, Bundle, DetectorSettings, ModelSpec
+from dfengine.bundle import PACKAGED, AudioSettings, Bundle, CropSpec, DetectorSettings, ModelSpec
 from dfengine.gpu.spec import EngineSpec, Profile, detector_profiles, member_profiles
 
 PACKAGED_NETWORKS = sorted(f"{f.parent.name}/{f.stem}" for f in PACKAGED.glob("*/*.onnx"))
@@ -50,7 +50,7 @@ def profiles_of(name: str) -> tuple[Profile, ...]:
         spec = Bundle.load(name.split("/")[0]).member(name.split("/")[1])
         return detector_profiles(spec, DetectorSettings()) if spec.kind == "detector" else member_profiles(spec)
     kind = "audio" if name == "audio" else "clip"
-    spec = ModelSpec(name=name, file="", sha256="", kind=kind, input_hw=(32, 32), clip_frames=4,
+    spec = ModelSpec(name=name, file="", sha256="", kind=kind, crop=CropSpec(input_hw=(32, 32)), clip_frames=4,
                      audio=AudioSettings(seconds=1.0))  # fmt: skip
     return member_profiles(spec)
 

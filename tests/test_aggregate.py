@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE
 
-from dfengine.bundle import Aggregation, Bundle, Calibration, ModelSpec
+from dfengine.bundle import SCHEMA_VERSION, Aggregation, Bundle, Calibration, CropSpec, ModelSpec
 from dfengine.stages.aggregate import blend_members, judge, pool_frames, sigmoid, to_logit
 from dfengine.types import Tracks
 
@@ -23,10 +23,11 @@ def approx(value):
 
 def make_bundle(weights=(1.0,), *, frames="logit_mean", members="logit_mean", tracks="max", temperature=1.0, bias=0.0):
     specs = tuple(
-        ModelSpec(name=f"m{i}", file=f"m{i}.onnx", sha256="", input_hw=(8, 8), weight=w) for i, w in enumerate(weights)
+        ModelSpec(name=f"m{i}", file=f"m{i}.onnx", sha256="", crop=CropSpec(input_hw=(8, 8)), weight=w)
+        for i, w in enumerate(weights)
     )
     return Bundle(
-        schema_version=1, name="test", licence="MIT", members=specs,
+        schema_version=SCHEMA_VERSION, name="test", licence="MIT", members=specs,
         aggregation=Aggregation(frames=frames, members=members, tracks=tracks),
         calibration=Calibration(temperature=temperature, bias=bias),
     )  # fmt: skip

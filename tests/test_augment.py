@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")  # the `train` extra
 
-from dfengine.bundle import ModelSpec  # noqa: E402
+from dfengine.bundle import CropSpec  # noqa: E402
 from dfengine.errors import OptionError  # noqa: E402
 from dfengine.stages.crop import crop_faces  # noqa: E402
 from dfengine.types import Image  # noqa: E402
@@ -36,7 +36,7 @@ def rng(*key: int) -> np.random.Generator:
 def to_rgb(images: list[Image]) -> np.ndarray:
     """(T, 3, H, W), 0..255"""
     h, w = images[0].upright_hw
-    spec = ModelSpec(name="", file="", sha256="", input_hw=(h, w), std=(1 / 255,) * 3, crop_shape="box")
+    spec = CropSpec(input_hw=(h, w), std=(1 / 255,) * 3, crop_shape="box")
     boxes = np.tile(np.float32([0, 0, w, h]), (len(images), 1))
     return crop_faces(images, boxes, np.arange(len(images)), spec)
 

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE
 
-from dfengine.bundle import Bundle, ModelSpec
+from dfengine.bundle import SCHEMA_VERSION, Bundle, CropSpec, ModelSpec
 from dfengine.errors import InferenceError
 from dfengine.runtime.openvino import _part_rows, _parts
 from dfengine.stages.backbone import BATCH_CROPS, Backbone
-from dfengine.types import Crops
 
 HW = (6, 5)
 
@@ -57,8 +56,9 @@ def make_bundle(folder, *members) -> Bundle:
         name = f"m{i}"
         (folder / f"{name}.onnx").write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
-        specs.append(ModelSpec(**{"name": name, "file": f"{name}.onnx", "sha256": sha256, "input_hw": HW} | change))
-    return Bundle(schema_version=1, name="tiny", licence="MIT", members=tuple(specs), folder=folder)
+        crop = CropSpec(input_hw=HW)
+        specs.append(ModelSpec(**{"name": name, "file": f"{name}.onnx", "sha256": sha256, "crop": crop} | change))
+    return Bundle(schema_version=SCHEMA_VERSION, name="tiny", licence="MIT", members=tuple(specs), folder=folder)
 
 
 class Cutter:
@@ -68,11 +68,9 @@ class Cutter:
         self.batch = rng.normal(size=(rows, 3, *HW)).astype(np.float32)
         self.calls = []
 
-    def __call__(self, spec, part):
-        self.calls.append((spec.name, part.start, part.stop))
-        n = part.stop - part.start
-        ids = np.zeros(n, np.int64)
-        return Crops(self.batch[part], ids, ids, ids)
+    def __call__(self, crop, part):
+        self.calls.append((crop, part.start, part.stop))
+        return self.batch[part]
 
     @property
     def means(self):
@@ -106,19 +104,20 @@ def test_no_rows(tmp_path, rng):
 
 
 def test_members_that_are_not_asked_for_do_not_run(tmp_path, rng):
-    members = [(make_onnx(g), {"margin_ratio": g}) for g in (1.0, 2.0, 3.0)]
+    members = [(make_onnx(g), {"crop": CropSpec(input_hw=HW, margin_ratio=g)}) for g in (1.0, 2.0, 3.0)]
     cutter = Cutter(rng, 4)
     logits = Backbone(make_bundle(tmp_path, *members)).run(4, cutter, only=("m2", "m1"))
     assert list(logits) == ["m1", "m2"]
     assert_close(logits["m2"], 3 * cutter.means)
-    assert [name for name, *_ in cutter.calls] == ["m1", "m2"]
+    assert [crop.margin_ratio for crop, *_ in cutter.calls] == [2.0, 3.0]
 
 
 def test_members_with_one_preprocessing_share_the_crops(tmp_path, rng):
     members = [(make_onnx(g), {"weight": g}) for g in (1.0, 2.0, 3.0)]
     cutter = Cutter(rng, BATCH_CROPS + 3)
     Backbone(make_bundle(tmp_path, *members)).run(BATCH_CROPS + 3, cutter)
-    assert cutter.calls == [("m0", 0, BATCH_CROPS), ("m0", BATCH_CROPS, BATCH_CROPS + 3)]
+    crop = CropSpec(input_hw=HW)
+    assert cutter.calls == [(crop, 0, BATCH_CROPS), (crop, BATCH_CROPS, BATCH_CROPS + 3)]
 
 
 @pytest.mark.parametrize(
@@ -134,10 +133,11 @@ def test_members_with_one_preprocessing_share_the_crops(tmp_path, rng):
     ids=lambda c: next(iter(c)),
 )
 def test_members_with_another_preprocessing_get_their_own_crops(tmp_path, rng, change):
-    members = [(make_onnx(1), {}), (make_onnx(2), change), (make_onnx(3), {}), (make_onnx(4), change)]
+    usual, other = CropSpec(input_hw=HW), CropSpec(input_hw=HW, **change)
+    members = [(make_onnx(g), {"crop": crop}) for g, crop in ((1, usual), (2, other), (3, usual), (4, other))]
     cutter = Cutter(rng, 3)
     logits = Backbone(make_bundle(tmp_path, *members)).run(3, cutter)
-    assert sorted(cutter.calls) == [("m0", 0, 3), ("m1", 0, 3)]
+    assert cutter.calls == [(usual, 0, 3), (other, 0, 3)]
     assert list(logits) == ["m0", "m1", "m2", "m3"]  # the bundle's order
     for i in range(4):
         assert_close(logits[f"m{i}"], (i + 1) * cutter.means)
@@ -239,8 +239,7 @@ def test_bfloat16_is_used_where_asked_for_and_nowhere_else(rng) -> None:
         bundle, members=tuple(dataclasses.replace(m, precision="bf16") for m in bundle.members)
     )
     member = bundle.members[0]
-    crops = rng.standard_normal((4, 3, *member.input_hw)).astype(np.float32)
-    crops = Crops(crops, *(np.arange(4, dtype=np.int64) for _ in range(3)))
+    crops = rng.standard_normal((4, 3, *member.crop.input_hw)).astype(np.float32)
     wide, half = (Backbone(b).run(4, lambda spec, rows: crops)[member.name] for b in (bundle, narrow))
     # bfloat16 has 8 bits of precision; the sums of a network keep about two decimal digits of it.
     assert np.abs(half - wide).max() <= 0.05 * max(1, np.abs(wide).max())

@@ -19,6 +19,7 @@ from dfengine.bundle import (
     Aggregation,
     Bundle,
     Calibration,
+    CropSpec,
     DetectorSettings,
     ModelSpec,
     TrackingSettings,
@@ -29,16 +30,19 @@ from dfengine.runtime import CpuDevice
 from dfengine.sampling import Policy
 
 WEIGHTS = b"stands for an ONNX file: loading a bundle does not parse it"
+CROP_FIELDS = {f.name for f in dataclasses.fields(CropSpec)}
 PACKAGED_NAMES = sorted(p.parent.name for p in PACKAGED.glob("*/bundle.json"))
 
 
 def member(name="m", data=WEIGHTS, **change):
-    fields = {"name": name, "file": f"{name}.onnx", "sha256": hashlib.sha256(data).hexdigest(), "input_hw": [8, 6]}
+    """With what belongs to the crop in its place."""
+    crop = {"input_hw": [8, 6]} | {key: change.pop(key) for key in list(change) if key in CROP_FIELDS}
+    fields = {"name": name, "file": f"{name}.onnx", "sha256": hashlib.sha256(data).hexdigest(), "crop": crop}
     return fields | change
 
 
 def minimal(**change):
-    return {"schema_version": 1, "name": "tiny", "licence": "MIT", "members": [member()]} | change
+    return {"schema_version": SCHEMA_VERSION, "name": "tiny", "licence": "MIT", "members": [member()]} | change
 
 
 def write(folder: Path, data, files=("m.onnx",)) -> Path:
@@ -56,7 +60,7 @@ def write(folder: Path, data, files=("m.onnx",)) -> Path:
 def test_the_least_a_bundle_says(tmp_path):
     bundle = Bundle.load(write(tmp_path, minimal()))
     assert bundle.folder == tmp_path
-    assert bundle.members == (ModelSpec(**member() | {"input_hw": (8, 6)}),)
+    assert bundle.members == (ModelSpec(**member() | {"crop": CropSpec(input_hw=(8, 6))}),)
     assert bundle.detector == DetectorSettings()
     assert bundle.tracking == TrackingSettings()
     assert bundle.onnx_bytes(bundle.member("m")) == WEIGHTS
@@ -83,7 +87,7 @@ def test_everything_a_bundle_can_say(tmp_path):
     (tmp_path / "sub").mkdir()
     bundle = Bundle.load(write(tmp_path, data, ["a.onnx", "sub/b.onnx"]))
     assert (bundle.sampling, bundle.sampling_mode) == (Policy("uniform", 5), "exact")
-    assert bundle.members[0].std == (1.0, 2.0, 3.0)
+    assert bundle.members[0].crop.std == (1.0, 2.0, 3.0)
     assert type(bundle.members[0].weight) is float
     assert bundle.detector.thresholds == (0.5, 0.6, 0.7)
     assert bundle.detector.pyramid_factor == DetectorSettings().pyramid_factor
@@ -135,6 +139,42 @@ def test_the_digest_is_that_of_the_text(tmp_path):
     assert Bundle.load(folder).digest == hashlib.sha256(text + b"\n").hexdigest()
 
 
+VERSION_1 = {
+    "schema_version": 1, "name": "tiny", "licence": "MIT",
+    "members": [{
+        "name": "m", "file": "m.onnx", "sha256": hashlib.sha256(WEIGHTS).hexdigest(), "kind": "clip", "clip_frames": 3,
+        "input_hw": [8, 6], "mean": [0.5, 0.25, 0], "margin_ratio": 0.3, "padding": "zero",
+    }],
+}  # fmt: skip
+
+
+def test_version_1_still_loads(tmp_path):
+    bundle = Bundle.load(write(tmp_path, VERSION_1))
+    crop = CropSpec(input_hw=(8, 6), mean=(0.5, 0.25, 0.0), margin_ratio=0.3, padding="zero")
+    sha256 = hashlib.sha256(WEIGHTS).hexdigest()
+    assert bundle.members == (ModelSpec(name="m", file="m.onnx", sha256=sha256, kind="clip", crop=crop, clip_frames=3),)
+    stored = json.loads(to_json(bundle))
+    assert stored["schema_version"] == SCHEMA_VERSION
+    assert stored["members"][0]["crop"]["input_hw"] == [8, 6]
+    assert same(Bundle.load(write(tmp_path, stored)), bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_hw": [8.5, 8]}, r"members\[0\].crop.input_hw\[0\] must be int, got 8.5"),
+        ({"size": 3}, r"unknown key members\[0\].'size'"),
+        ({"crop": {}}, r"unknown key members\[0\].'input_hw'"),
+    ],
+)
+def test_version_1_is_checked_too(tmp_path, change, message):
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(write(tmp_path, VERSION_1 | {"members": [VERSION_1["members"][0] | change]}))
+    for members in ({}, ["m"], None):
+        with pytest.raises(BundleError, match="members"):
+            Bundle.load(write(tmp_path, VERSION_1 | {"members": members}))
+
+
 # -- to_json -----------------------------------------------------------------------------------------------------------
 
 
@@ -143,10 +183,10 @@ def same(a: Bundle, b: Bundle) -> bool:
 
 
 FULL = Bundle(
-    schema_version=1,
+    schema_version=SCHEMA_VERSION,
     name="tiny, ä",
     licence="MIT",
-    members=(ModelSpec(**member() | {"input_hw": (8, 6), "mean": (0.5, 0.25, 0.0), "margin_ratio": 0.3}),),
+    members=(ModelSpec(**member() | {"crop": CropSpec(input_hw=(8, 6), mean=(0.5, 0.25, 0.0), margin_ratio=0.3)}),),
     provenance={"command": "python", "seeds": [1, 2]},
     sampling=Policy("every", 6, 17, 2.5),
     sampling_mode="exact",
@@ -245,8 +285,8 @@ def with_member(**change):
         (minimal(tracking={"min_iou": "0.3"}), "tracking.min_iou must be float, got '0.3'"),
         (minimal(detector={"thresholds": [0.1, 0.2]}), r"detector.thresholds must be a list of 3, got \[0.1, 0.2\]"),
         (minimal(detector={"thresholds": [0.1, 0.2, "x"]}), r"detector.thresholds\[2\] must be float, got 'x'"),
-        (with_member(input_hw=[8.5, 8]), r"members\[0\].input_hw\[0\] must be int, got 8.5"),
-        (with_member(mean=0.5), r"members\[0\].mean must be a list of 3, got 0.5"),
+        (with_member(input_hw=[8.5, 8]), r"members\[0\].crop.input_hw\[0\] must be int, got 8.5"),
+        (with_member(mean=0.5), r"members\[0\].crop.mean must be a list of 3, got 0.5"),
         (with_member(kind="video"), r"members\[0\].kind must be one of frame, clip, audio, detector; got 'video'"),
         (with_member(kind=["frame"]), r"members\[0\].kind must be one of frame, clip, audio, detector"),
         (with_member(clip_frames=5), "member 'm' has clip_frames 5; at least 1, and 1 unless kind is clip or audio"),

@@ -20,12 +20,12 @@ from conftest import TOLERANCE
 from fake_gpu import FakeGpuDevice, crop_resize_cuda
 
 from dfengine import Engine
-from dfengine.bundle import AudioSettings, Bundle, ModelSpec, to_json
+from dfengine.bundle import SCHEMA_VERSION, AudioSettings, Bundle, CropSpec, ModelSpec, to_json
 from dfengine.sampling import Policy
 from dfengine.stages.audio import load_log_mel
 from dfengine.stages.backbone import Backbone, clip_rows
 from dfengine.stages.decode import Video
-from dfengine.types import Crops, Tracks
+from dfengine.types import Tracks
 
 HW = (6, 5)
 AUDIO = AudioSettings(seconds=1.0)
@@ -64,11 +64,17 @@ def make_bundle(folder: Path, *members: dict, **changes: object) -> Bundle:
     folder.mkdir(parents=True, exist_ok=True)
     specs = []
     for i, change in enumerate(members):
-        fields = {"name": f"m{i}", "file": f"m{i}.onnx", "kind": "clip", "input_hw": HW, "clip_frames": 3} | change
-        data = make_onnx(fields["clip_frames"], hears=fields["kind"] == "audio", hw=fields["input_hw"])
+        fields = {
+            "name": f"m{i}",
+            "file": f"m{i}.onnx",
+            "kind": "clip",
+            "crop": CropSpec(input_hw=HW),
+            "clip_frames": 3,
+        } | change
+        data = make_onnx(fields["clip_frames"], hears=fields["kind"] == "audio", hw=fields["crop"].input_hw)
         (folder / fields["file"]).write_bytes(data)
         specs.append(ModelSpec(sha256=hashlib.sha256(data).hexdigest(), **fields))
-    fields = {"schema_version": 1, "name": "tiny", "licence": "none", "members": tuple(specs)} | changes
+    fields = {"schema_version": SCHEMA_VERSION, "name": "tiny", "licence": "none", "members": tuple(specs)} | changes
     (folder / "bundle.json").write_text(to_json(Bundle(**fields)))
     return Bundle.load(folder)
 
@@ -108,9 +114,8 @@ class Cutter:
     def __init__(self, pictures: np.ndarray) -> None:
         self.pictures = pictures
 
-    def __call__(self, spec: ModelSpec, part: slice) -> Crops:
-        ids = np.zeros(part.stop - part.start, np.int64)
-        return Crops(self.pictures[part], ids, ids, ids)
+    def __call__(self, crop: CropSpec, part: slice) -> np.ndarray:
+        return self.pictures[part]
 
 
 def expected(tracks: Tracks, means: np.ndarray, frames: int) -> np.ndarray:
@@ -125,7 +130,9 @@ def expected(tracks: Tracks, means: np.ndarray, frames: int) -> np.ndarray:
 
 @pytest.mark.parametrize("cuts", [[], [4], [1, 2, 3, 9], list(range(1, 12))], ids=lambda c: f"{len(c) + 1} parts")
 def test_a_video_in_any_number_of_parts(tmp_path: Path, rng: np.random.Generator, cuts: list[int]) -> None:
-    backbone = Backbone(make_bundle(tmp_path, {}, {"clip_frames": 5, "margin_ratio": 0.3}), threads=2)
+    backbone = Backbone(
+        make_bundle(tmp_path, {}, {"clip_frames": 5, "crop": CropSpec(input_hw=HW, margin_ratio=0.3)}), threads=2
+    )
     tracks = make_tracks({4: 11, 7: 2, 9: 12})
     pictures = rng.normal(size=(len(tracks), 3, *HW)).astype(np.float32)
     clips = backbone.clips({})
@@ -163,7 +170,7 @@ def test_frame_members_and_clip_members_in_one_bundle(tmp_path: Path) -> None:
     assert backbone.run(3, Cutter(np.zeros((3, 3, *HW), np.float32))) == {}
 
 
-HEARS = {"kind": "audio", "audio": AUDIO, "input_hw": (32, 32), "clip_frames": 4}
+HEARS = {"kind": "audio", "audio": AUDIO, "crop": CropSpec(input_hw=(32, 32)), "clip_frames": 4}
 
 
 def test_the_engine_hears(tmp_path: Path) -> None:
@@ -231,7 +238,7 @@ def test_chunks_of_a_video_do_not_move_the_score(tmp_path: Path) -> None:
 def test_on_a_gpu_clips_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
     """Crops of clips wait in main memory; sound comes from there."""
     monkeypatch.setattr("dfengine.stages._kernels.crop_resize_cuda", crop_resize_cuda, raising=False)
-    bundle = make_bundle(tmp_path / "b", {"input_hw": (32, 32)}, HEARS)
+    bundle = make_bundle(tmp_path / "b", {"crop": CropSpec(input_hw=(32, 32))}, HEARS)
     rng = np.random.default_rng(0)
     video = with_sound(write_clip(TWO_FACES, tmp_path), rng.normal(0, 0.1, 16000), tmp_path / "sound.mp4")
     with Engine(bundle, device="cpu", frames=10) as engine:

@@ -7,11 +7,11 @@ import pytest
 import reference
 from conftest import TOLERANCE
 
-from dfengine.bundle import ModelSpec
+from dfengine.bundle import CropSpec
 from dfengine.stages.crop import crop_boxes, crop_faces, crop_tracks
 from dfengine.types import Image, Tracks
 
-SPEC = ModelSpec(name="m", file="m.onnx", sha256="", input_hw=(6, 5), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+SPEC = CropSpec(input_hw=(6, 5), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 
 
 def spec(**change):
@@ -98,15 +98,11 @@ def test_crop_faces_of_nothing(images):
         assert crop_faces(some, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), SPEC).shape == (0, 3, 6, 5)
 
 
-def test_crop_tracks_keeps_the_identity_of_each_row(images):
+def test_crop_tracks_goes_by_the_row_of_the_frame(images):
     rows = [(0, 0, 12, (5, 6, 25, 31)), (0, 1, 24, (2, 3, 12, 30)), (7, 0, 12, (30, 10, 50, 30))]
     tracks = make_tracks(rows)
-    crops = crop_tracks(images, tracks, SPEC, video=3)
-    assert crops.video.tolist() == [3, 3, 3]
-    assert crops.track_id.tolist() == [0, 0, 7]
-    assert crops.index.tolist() == [12, 24, 12]
     want = crop_faces(images, tracks.xyxy, np.array([0, 1, 0]), SPEC)  # by the row of the frame, not its index
-    np.testing.assert_array_equal(crops.batch, want)
+    np.testing.assert_array_equal(crop_tracks(images, tracks, SPEC), want)
 
 
 def test_crop_tracks_of_a_part_equals_the_part_of_all(images):
@@ -114,9 +110,7 @@ def test_crop_tracks_of_a_part_equals_the_part_of_all(images):
     tracks = make_tracks(rows)
     whole = crop_tracks(images, tracks, SPEC, threads=2)
     for part in (slice(0, 0), slice(1, 2), slice(2, 5)):
-        crops = crop_tracks(images, tracks[part], SPEC)
-        np.testing.assert_array_equal(crops.batch, whole.batch[part])
-        assert crops.track_id.tolist() == whole.track_id[part].tolist()
+        np.testing.assert_array_equal(crop_tracks(images, tracks[part], SPEC), whole[part])
 
 
 def test_a_box_without_area_is_an_error(images):

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")  # the `train` extra
 
 from assets import write_face_table  # noqa: E402
 
-from dfengine.bundle import ModelSpec  # noqa: E402
+from dfengine.bundle import CropSpec  # noqa: E402
 from dfengine.errors import OptionError  # noqa: E402
 from dfengine.stages.crop import crop_faces  # noqa: E402
 from dfengine.types import Image  # noqa: E402
@@ -22,8 +22,7 @@ from training.data import Batch, Batches, DataError, DataSettings, FaceTable, _t
 from training.fakes import FakeSettings  # noqa: E402
 
 torch.set_num_threads(1)
-SPEC = ModelSpec(name="m", file="", sha256="", input_hw=(48, 48), margin_ratio=0.3, mean=(0.5,) * 3, std=(0.25,) * 3)
-CLIP = replace(SPEC, kind="clip", clip_frames=2)
+CROP = CropSpec(input_hw=(48, 48), margin_ratio=0.3, mean=(0.5,) * 3, std=(0.25,) * 3)
 PLAIN = AugmentSettings()
 ALL = AugmentSettings(
     flip=0.5, box_jitter=0.04, downscale=0.5, downscale_face_px=(20.0, 50.0), colour=0.5, blur=0.5, noise=0.5, jpeg=0.5,
@@ -52,7 +51,7 @@ def make(
     augment: AugmentSettings = PLAIN,
     fakes: FakeSettings = NO_FAKES,
     *,
-    spec: ModelSpec = SPEC,
+    crop: CropSpec = CROP,
     split: str = "train",
     batch: int = 4,
     balance: str = "undersample",
@@ -61,7 +60,7 @@ def make(
     **others: object,
 ) -> Batches:
     data = DataSettings(balance=balance, per_video=per_video, workers=workers)
-    return Batches(table, spec, data, augment, fakes, split=split, seed=7, batch=batch, **others)
+    return Batches(table, crop, data, augment, fakes, split=split, seed=7, batch=batch, **others)
 
 
 def assert_same(one: Batch, other: Batch, atol: float = 0.0) -> None:
@@ -173,7 +172,7 @@ def test_only_what_the_crop_shows_is_augmented(table: FaceTable) -> None:
     """And the crop is the same."""
     batches = make(table)
     pictures, box = [table.read_crop(0)], table.in_crop(0, table.box[0].reshape(2, 2)).reshape(1, 4)
-    narrow = replace(batches.spec, margin_ratio=0.0)
+    narrow = replace(batches.crop, margin_ratio=0.0)
     trimmed, moved = _trim(pictures, box, narrow)
     assert trimmed[0].shape[0] < pictures[0].shape[0]
     assert trimmed[0].shape[1] < pictures[0].shape[1]
@@ -254,7 +253,7 @@ def test_evaluation_sees_every_face_once_and_as_the_engine_cuts_it(table: FaceTa
     assert rows.tolist() == list(range(len(faces)))
     images = [Image.from_rgb(faces.read_crop(r)) for r in rows]
     boxes = np.stack([faces.in_crop(r, faces.box[r].reshape(2, 2)).reshape(4) for r in rows])
-    wanted = crop_faces(images, boxes, np.arange(len(rows)), SPEC)
+    wanted = crop_faces(images, boxes, np.arange(len(rows)), CROP)
     np.testing.assert_array_equal(torch.cat([b.x for b in found]).numpy(), wanted)
     assert_same(next(batches.epoch(5)), found[0])
     assert [b.mask for b in found] == [None] * 3
@@ -335,7 +334,7 @@ def test_strengths_grow_with_the_epochs(table: FaceTable) -> None:
 
 @pytest.mark.parametrize("fakes", [NO_FAKES, SOME], ids=["labelled", "pairs"])
 def test_clips_are_consecutive_rows_of_one_track(table: FaceTable, fakes: FakeSettings) -> None:
-    batches = make(table, ALL, fakes, spec=CLIP)
+    batches = make(table, ALL, fakes, clip_frames=2)
     starts = set()
     for epoch in range(3):
         for batch in batches.epoch(epoch):
@@ -348,14 +347,13 @@ def test_clips_are_consecutive_rows_of_one_track(table: FaceTable, fakes: FakeSe
 
 
 def test_clips_of_evaluation_are_those_of_the_engine(table: FaceTable) -> None:
-    rows = np.concatenate([b.rows for b in make(table, spec=CLIP, split="test").epoch(0)])
+    rows = np.concatenate([b.rows for b in make(table, clip_frames=2, split="test").epoch(0)])
     assert rows.tolist() == [[0, 1], [1, 2], [3, 4], [4, 5]]
 
 
 def test_a_short_track_repeats_its_last_face(table: FaceTable) -> None:
-    spec = replace(CLIP, clip_frames=5)
-    assert next(make(table, spec=spec, split="test").epoch(0)).rows.tolist() == [[0, 1, 2, 2, 2], [3, 4, 5, 5, 5]]
-    assert all(r[2] == r[4] == r[0] + 2 for b in make(table, spec=spec).epoch(0) for r in b.rows)
+    assert next(make(table, clip_frames=5, split="test").epoch(0)).rows.tolist() == [[0, 1, 2, 2, 2], [3, 4, 5, 5, 5]]
+    assert all(r[2] == r[4] == r[0] + 2 for b in make(table, clip_frames=5).epoch(0) for r in b.rows)
 
 
 def test_sound_comes_from_the_video_itself(table: FaceTable) -> None:
@@ -363,10 +361,10 @@ def test_sound_comes_from_the_video_itself(table: FaceTable) -> None:
         assert path.parent == table.source
         return np.full((4, 9), float(path.stem[1:]), np.float32)
 
-    batch = next(make(table, spec=replace(CLIP, kind="audio"), audio=listen).epoch(0))
+    batch = next(make(table, clip_frames=2, audio=listen).epoch(0))
     assert batch.audio.shape == (4, 4, 9)
     assert batch.audio[:, 0, 0].tolist() == [float(v[1:-4]) for v in batch.video]
-    assert next(make(table, spec=CLIP).epoch(0)).audio is None
+    assert next(make(table, clip_frames=2).epoch(0)).audio is None
 
 
 # -- what cannot be done -----------------------------------------------------------------------------------------------

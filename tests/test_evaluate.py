@@ -304,7 +304,7 @@ def bundle(
 def test_a_bundle_of_two(bundle: Bundle, report: tuple[dict, Path], video: Path) -> None:
     assert [m.name for m in bundle.members] == ["a", "b"]
     assert [m.weight for m in bundle.members] == [1.0, 2.0]
-    assert [m.margin_ratio for m in bundle.members] == [0.2, 0.0]
+    assert [m.crop.margin_ratio for m in bundle.members] == [0.2, 0.0]
     assert (str(bundle.sampling), bundle.sampling_mode, bundle.experimental) == ("uniform:5", "exact", True)
     assert bundle.calibration.temperature == report[0]["calibration"]["temperature"]
     assert bundle.calibration.fitted_on == "validation split: 8 real, 8 fake videos"
@@ -334,7 +334,7 @@ def test_skew_is_refused(
 ) -> None:
     """A bundle whose preprocessing is not what the networks were trained with."""
     trained = [scoring.load_trained(path) for path in checkpoints]
-    members = tuple(dataclasses.replace(m, **change) for m in bundle.members)
+    members = tuple(dataclasses.replace(m, crop=dataclasses.replace(m.crop, **change)) for m in bundle.members)
     # The crops move the logit by little in a network this small; what is learned is made louder.
     for t in trained:
         t.network.head[0].weight.mul_(50)

@@ -21,7 +21,7 @@ PilImage = pytest.importorskip("PIL.Image")
 from assets import moving_face, nobody, truncated, two_faces, write_bundle, write_clip, x264  # noqa: E402
 from conftest import TOLERANCE  # noqa: E402
 
-from dfengine.bundle import ModelSpec  # noqa: E402
+from dfengine.bundle import CropSpec  # noqa: E402
 from dfengine.engine import Engine  # noqa: E402
 from dfengine.errors import OptionError  # noqa: E402
 from dfengine.sampling import Policy, Sampling  # noqa: E402
@@ -87,7 +87,7 @@ def test_the_faces_are_those_that_the_engine_scores(table: FaceTable, tmp_path: 
 
 
 def test_training_crops_as_the_engine_crops_from_the_frame(table: FaceTable) -> None:
-    spec = ModelSpec(name="m", file="", sha256="", input_hw=(64, 64), margin_ratio=0.3, std=(1 / 255,) * 3)
+    spec = CropSpec(input_hw=(64, 64), margin_ratio=0.3, std=(1 / 255,) * 3)
     rows = table.rows_by_video()["two.mp4"]
     with open_video(table.source / "two.mp4") as video:
         (frames,) = video.frames(Sampling(FEW.sampling))

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")  # the `train` extra
 
 from assets import write_face_table  # noqa: E402
 
-from dfengine.bundle import ModelSpec  # noqa: E402
+from dfengine.bundle import CropSpec  # noqa: E402
 from dfengine.errors import OptionError  # noqa: E402
 from training import fakes  # noqa: E402
 from training.augment import AugmentSettings, Draws  # noqa: E402
@@ -20,7 +20,7 @@ from training.data import Batches, DataSettings, FaceTable  # noqa: E402
 from training.fakes import FakeSettings, Pairs  # noqa: E402
 
 torch.set_num_threads(1)
-SPEC = ModelSpec(name="m", file="", sha256="", input_hw=(64, 64), margin_ratio=0.2)
+CROP = CropSpec(input_hw=(64, 64), margin_ratio=0.2)
 PEOPLE = 8
 DEFAULT = FakeSettings()
 ALWAYS = FakeSettings(low_resolution=1, relight=1, warp=1, occlude=1)
@@ -34,7 +34,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Faces:
     videos = [(f"{i}.mp4", 0, f"person{i}", "train") for i in range(PEOPLE)]
     table = FaceTable.load(write_face_table(tmp_path_factory.mktemp("faces"), videos, frames=1))
     batches = Batches(
-        table, SPEC, DataSettings(), AugmentSettings(), FakeSettings(ratio=1), split="train", seed=0, batch=2
+        table, CROP, DataSettings(), AugmentSettings(), FakeSettings(ratio=1), split="train", seed=0, batch=2
     )
     return batches.canvases(np.arange(PEOPLE))
 
@@ -158,7 +158,7 @@ def test_geometry_agrees_with_itself() -> None:
 def test_mask_of_a_crop_is_the_crop_of_the_mask() -> None:
     masks = torch.zeros(1, 1, 100, 100)
     masks[:, :, 40:60, 40:60] = 1
-    cells = fakes.crop_masks(masks, torch.tensor([[25.0, 25, 75, 75]]), replace(SPEC, margin_ratio=0.0), (5, 5))
+    cells = fakes.crop_masks(masks, torch.tensor([[25.0, 25, 75, 75]]), replace(CROP, margin_ratio=0.0), (5, 5))
     torch.testing.assert_close(cells[0, 0, 2, 2], torch.tensor(1.0), atol=0.02, rtol=0)
     assert cells[0, 0, 1:4, 1:4].sum() > 3.5  # 20 px of 10 px cells, half cells at the edges
     assert cells[0, 0, 0].abs().sum() == 0

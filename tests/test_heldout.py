@@ -68,7 +68,7 @@ def test_every_family_is_there_at_every_level(pictures: list[heldout.Pictures]) 
 def test_pictures_depend_on_the_seed_alone(faces: Path, pictures: list[heldout.Pictures]) -> None:
     table = FaceTable.load(faces)
     again, other = next(iter(heldout.HeldOut(table, "val"))), next(iter(heldout.HeldOut(table, "val", seed=1)))
-    crops = [heldout.crop_faces(p.images, p.boxes, np.arange(4), heldout.SPEC) for p in (pictures[0], again, other)]
+    crops = [heldout.crop_faces(p.images, p.boxes, np.arange(4), heldout.CROP) for p in (pictures[0], again, other)]
     np.testing.assert_array_equal(crops[0], crops[1])
     assert not np.array_equal(crops[0], crops[2])
 

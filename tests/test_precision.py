@@ -130,8 +130,8 @@ def test_default_bundle_moves_little_on_faces(astronaut: np.ndarray) -> None:
     bundle = Bundle.load("default")
     for member in bundle.members:
         data = bundle.onnx_bytes(member)
-        side = member.input_hw[0]
-        mean, std = np.array(member.mean), np.array(member.std)
+        side = member.crop.input_hw[0]
+        mean, std = np.array(member.crop.mean), np.array(member.crop.std)
         crops = []
         for half in (50, 60, 75, 90):
             face = torch.from_numpy(astronaut[110 - half : 110 + half, 225 - half : 225 + half] / 255.0)

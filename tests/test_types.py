@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from dfengine.types import Crops, ErrorInfo, Faces, Frames, FrameScore, Image, Tracks, TrackScore, VideoScore
+from dfengine.types import ErrorInfo, Faces, Frames, FrameScore, Image, Tracks, TrackScore, VideoScore
 
 
 def faces(n=2, **change):
@@ -43,19 +43,13 @@ def frames(n=2, **change):
     return Frames(**columns | change)
 
 
-def crops(n=2, **change):
-    columns = {"batch": np.zeros((n, 3, 4, 4), np.float32)}
-    columns |= {name: np.zeros(n, np.int64) for name in ("video", "track_id", "index")}
-    return Crops(**columns | change)
-
-
-@pytest.mark.parametrize("make", [faces, tracks, frames, crops])
+@pytest.mark.parametrize("make", [faces, tracks, frames])
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_columns_of_one_length(make, n):
     assert len(make(n)) == n
 
 
-@pytest.mark.parametrize("make", [faces, tracks, frames, crops])
+@pytest.mark.parametrize("make", [faces, tracks, frames])
 def test_values_are_frozen(make):
     value = make(1)
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
@@ -81,9 +75,6 @@ def test_values_are_frozen(make):
         (tracks, {"confidence": np.zeros(3)}, "confidence must be float32"),
         (frames, {"pts_seconds": np.zeros(3)}, r"pts_seconds must have shape \(2,\)"),
         (frames, {"index": np.zeros(2, np.int32)}, "index must be int64"),
-        (crops, {"batch": np.zeros((2, 1, 4, 4), np.float32)}, r"batch must have shape \(B, 3, H, W\), got \(2, 1"),
-        (crops, {"batch": np.zeros((2, 3, 4), np.float32)}, r"batch must have shape \(B, 3, H, W\)"),
-        (crops, {"video": np.zeros(3, np.int64)}, r"video must have shape \(2,\)"),
     ],
 )
 def test_columns_are_checked(make, change, message):
@@ -125,13 +116,12 @@ def test_values_print_their_shapes():
     )
     assert repr(picture) == (
         "Image(components=(uint8[1080, 1920], uint8[540, 960], uint8[540, 960]), bit_depth=8, matrix='bt601', "
-        "full_range=False, subsampling_xy=(1, 1), rotation=90)"
+        "full_range=False, subsampling_xy=(1, 1), rotation=90, mirrored=False, pixel_aspect=1.0, transfer='sdr')"
     )
     assert repr(frames(3, images=(picture,) * 3)) == (
         "Frames(images=<3 of 1920x1080>, pts_seconds=float64[3], index=int64[3], is_last=True)"
     )
     assert repr(frames(0)).startswith("Frames(images=(), ")
-    assert repr(crops(2)).startswith("Crops(batch=float32[2, 3, 4, 4], ")
 
 
 # -- Image -------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from PIL import Image as PilImage
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.bundle import ModelSpec
+from dfengine.bundle import CropSpec
 from dfengine.errors import DfengineError, OptionError
 from dfengine.stages.crop import crop_boxes, crop_faces
 from dfengine.types import F32, I64, Image
@@ -76,7 +76,7 @@ class DataSettings:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B samples, normalised as the ModelSpec says. T is 1 for single faces."""
+    """B samples, normalised as the CropSpec says. T is 1 for single faces."""
 
     x: Tensor  # (B, 3, H, W) float32, or (B, T, 3, H, W) for clips
     audio: Tensor | None  # (B, bands, frames) log-mel
@@ -107,14 +107,14 @@ class Batches:
 
     Process ``rank`` of ``world`` gets rows rank, rank + world, ... of every batch (where that leaves any).
 
-    ``audio``: path of a video -> log-mel (bands, frames), float32. ``batch`` counts the rows of all processes. Clips
-    are made where ``spec.kind`` is "clip" or "audio": in training with a random start, else as the engine makes them.
+    ``audio``: path of a video -> log-mel (bands, frames), float32. ``batch`` counts the rows of all processes.
+    ``clip_frames``: faces of a clip, in training with a random start, else as the engine makes them. None: no clips.
     """
 
     def __init__(
         self,
         table: FaceTable,
-        spec: ModelSpec,
+        crop: CropSpec,
         data: DataSettings,
         augment: AugmentSettings,
         fakes: FakeSettings,
@@ -125,22 +125,23 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
+        clip_frames: int | None = None,
         audio: Callable[[Path], F32] | None = None,
         training: bool | None = None,
     ) -> None:
         self.training = split == "train" if training is None else training
         self.faces = table.split(split).faces
-        self.spec, self.data, self.fakes = spec, data, fakes
+        self.crop, self.data, self.fakes = crop, data, fakes
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         self.device = torch.device(device)
         self.audio = audio
-        self._is_clip = spec.kind in ("clip", "audio")
+        self._clip_frames = clip_frames
         self._samples = Samples(
             self.faces,
             fakes,
             balance=data.balance,
             per_video=data.per_video,
-            clip_frames=spec.clip_frames if self._is_clip else None,
+            clip_frames=clip_frames,
             seed=seed,
             batch=batch,
             training=self.training,
@@ -149,9 +150,9 @@ class Batches:
         self.augment = augment if self.training or self._makes_fakes else AugmentSettings()
         self._landmarks = _fill_landmarks(self.faces)
         self._donors = np.flatnonzero(self.faces.label == 0)
-        self._canvas = _canvas_spec(spec)
+        self._canvas = _canvas_crop(crop)
         self._cached_canvas = functools.lru_cache(CACHE_BYTES // (3 * self._canvas.input_hw[0] ** 2))(self._cut_canvas)
-        self._mask_hw = (-(-spec.input_hw[0] // MASK_STRIDE), -(-spec.input_hw[1] // MASK_STRIDE))
+        self._mask_hw = (-(-crop.input_hw[0] // MASK_STRIDE), -(-crop.input_hw[1] // MASK_STRIDE))
         self._where = f"split {split!r} of {table.folder}"
         self._check()
         self._length = self._count_batches()
@@ -264,16 +265,16 @@ class Batches:
                 mask = mask.flip(3) if isinstance(mask, Tensor) else mask
             face_boxes = jitter_boxes(face_boxes, self.augment, rng)
             if isinstance(mask, Tensor):
-                masks.append(crop_masks(mask, torch.from_numpy(face_boxes), self.spec, self._mask_hw).mean(dim=0))
+                masks.append(crop_masks(mask, torch.from_numpy(face_boxes), self.crop, self._mask_hw).mean(dim=0))
             else:
                 masks.append(torch.full((1, *self._mask_hw), mask))
             if self.training or self._makes_fakes:
-                pictures, face_boxes = _trim(pictures, face_boxes, self.spec)
+                pictures, face_boxes = _trim(pictures, face_boxes, self.crop)
             stored, face_boxes = augment_pixels(pictures, face_boxes, self.augment, rng, severity=severity)
             images += stored
             boxes.append(face_boxes)
-        x = torch.from_numpy(crop_faces(images, np.concatenate(boxes), np.arange(len(images)), self.spec))
-        if self._is_clip:
+        x = torch.from_numpy(crop_faces(images, np.concatenate(boxes), np.arange(len(images)), self.crop))
+        if self._clip_frames is not None:
             x = x.unflatten(0, (len(share), -1))
         paths = [self.faces.path[s.rows[0]] for s in share]
         y = torch.tensor([float(s.is_fake or self._samples.labels[p] == 1) for s, p in zip(share, paths, strict=True)])
@@ -323,10 +324,10 @@ class Batches:
 
     def canvases(self, rows: I64) -> tuple[Tensor, Tensor, Tensor]:
         """Faces on squares of one size: RGB in 0..1 (N, 3, S, S), boxes (N, 4) and landmarks (N, 5, 2) there."""
-        spec, faces = self._canvas, self.faces
+        crop, faces = self._canvas, self.faces
         rgb = np.stack([self._cached_canvas(int(row)) for row in rows]) / np.float32(255)
-        wide = crop_boxes(faces.box[rows], spec)
-        scale = spec.input_hw[0] / (wide[:, None, 2:] - wide[:, None, :2])  # (N, 1, 2)
+        wide = crop_boxes(faces.box[rows], crop)
+        scale = crop.input_hw[0] / (wide[:, None, 2:] - wide[:, None, :2])  # (N, 1, 2)
         boxes = (faces.box[rows].reshape(-1, 2, 2) - wide[:, None, :2]) * scale
         landmarks = (self._landmarks[rows] - wide[:, None, :2]) * scale
 
@@ -368,16 +369,16 @@ class Batches:
         return torch.from_numpy(np.stack([self.audio(self.faces.source / path) for path in paths])).to(self.device)
 
 
-def _canvas_spec(spec: ModelSpec) -> ModelSpec:
-    face_px = CANVAS_ZOOM * max(spec.input_hw) / (1 + spec.margin_ratio)
-    margin = spec.margin_ratio + CANVAS_ROOM
+def _canvas_crop(crop: CropSpec) -> CropSpec:
+    face_px = CANVAS_ZOOM * max(crop.input_hw) / (1 + crop.margin_ratio)
+    margin = crop.margin_ratio + CANVAS_ROOM
     side = 2 * round(face_px * (1 + margin) / 2)  # 4:2:0 wants even sides
-    return ModelSpec(name="canvas", file="", sha256="", input_hw=(side, side), margin_ratio=margin)
+    return CropSpec(input_hw=(side, side), margin_ratio=margin)
 
 
-def _trim(pictures: Sequence[NDArray[np.uint8]], boxes: F32, spec: ModelSpec) -> tuple[list[NDArray[np.uint8]], F32]:
+def _trim(pictures: Sequence[NDArray[np.uint8]], boxes: F32, crop: CropSpec) -> tuple[list[NDArray[np.uint8]], F32]:
     """Leaves away what no crop will show, before every step of the augmentation is paid for it by the pixel."""
-    wide = crop_boxes(boxes, spec)
+    wide = crop_boxes(boxes, crop)
     x1, y1 = np.maximum(np.floor(wide[:, :2].min(axis=0)) - TRIM_PX, 0).astype(int)
     x2, y2 = (np.ceil(wide[:, 2:].max(axis=0)) + TRIM_PX).astype(int)
     return [np.ascontiguousarray(p[y1:y2, x1:x2]) for p in pictures], boxes - np.array([x1, y1, x1, y1], np.float32)
@@ -394,10 +395,10 @@ def _fill_landmarks(faces: FaceTable) -> F32:
 
 def draw_pairs(table: FaceTable, file: Path, *, seed: int = 0, pairs: int = 40) -> None:
     """Draws pseudo-fakes of the training split as the network would see them: real, fake and mask, pair by pair."""
-    spec = ModelSpec(name="sheet", file="", sha256="", input_hw=(160, 160), margin_ratio=0.4)
+    crop = CropSpec(input_hw=(160, 160), margin_ratio=0.4)
     fakes = FakeSettings(ratio=1.0)
     pairs = min(pairs, len(table.split("train").rows_by_video())) // 4 * 4
-    batches = Batches(table, spec, DataSettings(), AugmentSettings(), fakes, split="train", seed=seed, batch=2 * pairs)
+    batches = Batches(table, crop, DataSettings(), AugmentSettings(), fakes, split="train", seed=seed, batch=2 * pairs)
     batch = next(batches.epoch(0))
     assert batch.mask is not None
     masks = F.interpolate(batch.mask[pairs:], batch.x.shape[2:]).expand(-1, 3, -1, -1)

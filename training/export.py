@@ -91,8 +91,8 @@ def export(
 def write_onnx(trained: Trained, folder: Path) -> ModelSpec:
     """Writes the member's file and returns its spec with the hash."""
     spec, network = trained.spec, trained.network
-    clip = () if spec.kind == "frame" else (spec.clip_frames,)
-    inputs: dict[str, torch.Tensor] = {"crops": torch.zeros(2, *clip, 3, *spec.input_hw)}
+    clip = (spec.clip_frames,) if spec.takes_clips else ()
+    inputs: dict[str, torch.Tensor] = {"crops": torch.zeros(2, *clip, 3, *spec.crop.input_hw)}
     if spec.kind == "audio":
         inputs["log_mel"] = torch.zeros(2, spec.audio.bands, spec.audio.frames)
     with warnings.catch_warnings():

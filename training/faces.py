@@ -36,7 +36,7 @@ from PIL import Image as PilImage
 from PIL import ImageDraw, ImageOps
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dfengine.bundle import DetectorSettings, ModelSpec, TrackingSettings
+from dfengine.bundle import CropSpec, DetectorSettings, TrackingSettings
 from dfengine.errors import DfengineError, InputError, OptionError, first_line
 from dfengine.files import replacing
 from dfengine.machine import usable_cores
@@ -64,7 +64,7 @@ class ExtractSettings:
     sampling_mode: Mode = "reference"
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
-    # Room around the face box, as in ModelSpec: networks of this field see margins up to .6, the rest is for turning
+    # Room around the face box, as in CropSpec: networks of this field see margins up to .6, the rest is for turning
     # and shifting. Chosen, not measured.
     margin_ratio: float = 1.0
     # Longer sides are scaled down to this: with a margin of 1 the face keeps 512 px. What is scaled down here and again
@@ -148,9 +148,9 @@ def find_faces(path: Path, is_photo: bool, detector: Detector, settings: Extract
 def cut_region(image: Image, box: F32, settings: ExtractSettings) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """What is stored of a face: RGB (H, W, 3), and where it lies in the upright frame, xyxy in whole pixels.
 
-    The region ends at the frame's border: what lies beyond is for the crop to fill in, by the rule of its ModelSpec.
+    The region ends at the frame's border: what lies beyond is for the crop to fill in, by the rule of its CropSpec.
     """
-    wide = crop_boxes(box[None], ModelSpec(name="", file="", sha256="", margin_ratio=settings.margin_ratio))[0]
+    wide = crop_boxes(box[None], CropSpec(margin_ratio=settings.margin_ratio))[0]
     h, w = image.upright_hw
     x1, y1 = np.clip(np.floor(wide[:2]), 0, (w - 1, h - 1)).astype(int)
     x2, y2 = np.clip(np.ceil(wide[2:]), (x1 + 1, y1 + 1), (w, h)).astype(int)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.bundle import ModelSpec
+from dfengine.bundle import CropSpec
 from dfengine.errors import OptionError
 from dfengine.stages.crop import crop_boxes
 
@@ -256,9 +256,9 @@ def match_colour(source: Tensor, target: Tensor, mask: Tensor, strength: Tensor)
     return source + _images(strength) * (matched - source)
 
 
-def crop_masks(masks: Tensor, xyxy: Tensor, spec: ModelSpec, cells_hw: tuple[int, int]) -> Tensor:
+def crop_masks(masks: Tensor, xyxy: Tensor, crop: CropSpec, cells_hw: tuple[int, int]) -> Tensor:
     """What share of each cell of the crops is masked: (B, 1, S, S) and face boxes (B, 4) -> (B, 1, *cells_hw)."""
-    boxes = torch.from_numpy(crop_boxes(xyxy.cpu().numpy(), spec)).to(masks.device)
+    boxes = torch.from_numpy(crop_boxes(xyxy.cpu().numpy(), crop)).to(masks.device)
     x1, y1, x2, y2 = boxes.T[:, :, None]
     to_crop = torch.stack([x2 - x1, 0 * x1, x1, 0 * x1, y2 - y1, y1], dim=2).view(-1, 2, 3)  # from 0..1
     h, w = (4 * n for n in cells_hw)  # 16 samples a cell

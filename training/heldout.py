@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.bundle import Bundle, ModelSpec
+from dfengine.bundle import Bundle, CropSpec
 from dfengine.errors import DfengineError
 from dfengine.stages.aggregate import pool_rows
 from dfengine.stages.crop import crop_faces
@@ -64,7 +64,7 @@ VIEWS = 2  # pairs that are made of each photo, for each family
 BATCH = 16
 PRINTED = ("auc", "sharpness_auc", "auc_above_sharpness")
 # Faces have 150 px in the canvas of this network's input, whatever the measured networks take.
-SPEC = ModelSpec(name="held out", file="", sha256="", input_hw=(144, 144), margin_ratio=0.2)
+CROP = CropSpec(input_hw=(144, 144), margin_ratio=0.2)
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class HeldOut:
     def _open(table: FaceTable, split: str, swap: float) -> Batches:
         fakes = FakeSettings(ratio=1.0, swap=swap)
         return Batches(
-            table, SPEC, DataSettings(), AugmentSettings(), fakes, split=split, seed=0, batch=BATCH, training=False
+            table, CROP, DataSettings(), AugmentSettings(), fakes, split=split, seed=0, batch=BATCH, training=False
         )
 
     def __iter__(self) -> Iterator[Pictures]:
@@ -327,7 +327,7 @@ def score(trained: Sequence[Trained], bundle: Bundle, held_out: HeldOut) -> Scor
     for pictures in held_out:
         logits, sharp = {}, None
         for t in trained:
-            crops = crop_faces(pictures.images, pictures.boxes, np.arange(len(pictures.images)), t.spec)
+            crops = crop_faces(pictures.images, pictures.boxes, np.arange(len(pictures.images)), t.spec.crop)
             x = torch.from_numpy(crops)
             sharp = sharpness(x) if sharp is None else sharp
             logits[t.name] = t.network(x).squeeze(1).numpy()

@@ -15,7 +15,7 @@ tried it helped most, see training/README.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfengine.bundle import AudioSettings, ModelSpec
+from dfengine.bundle import AudioSettings, CropSpec, ModelSpec
 from dfengine.errors import OptionError, first_line
 
 from .checkpoint import read_tensors
@@ -93,13 +93,7 @@ class ModelSettings:
             file=f"{name}.onnx",
             sha256="",
             kind=self.kind,
-            input_hw=self.input_hw,
-            mean=self.mean,
-            std=self.std,
-            margin_ratio=self.margin_ratio,
-            crop_shape=self.crop_shape,
-            resize=self.resize,
-            padding=self.padding,
+            crop=CropSpec(**{f.name: getattr(self, f.name) for f in fields(CropSpec)}),
             clip_frames=self.clip_frames,
             audio=self.audio,
             weight=self.weight,

@@ -135,18 +135,19 @@ Predictions = dict[str, tuple[float, dict[int, tuple[int, float, float]]]]
 def make_evaluation_batches(
     table: FaceTable, trained: Trained, split: str, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
 ) -> Batches:
-    recipe = trained.recipe
+    recipe, spec = trained.recipe, trained.spec
     return Batches(
         table,
-        trained.spec,
+        spec.crop,
         recipe.data,
         recipe.augment,
         recipe.fakes,
         split=split,
         seed=0,  # the same pseudo-fakes for every network of the same fakes and augment
-        batch=max(1, BATCH // trained.spec.clip_frames),
+        batch=max(1, BATCH // spec.clip_frames),
         device=device,
-        audio=make_listener(trained.spec),
+        clip_frames=spec.clip_frames if spec.takes_clips else None,
+        audio=make_listener(spec),
         training=False,
         rank=rank,
         world=world,

@@ -262,7 +262,7 @@ def train(
     spec, s = recipe.model.spec(name), recipe.train
     batches = Batches(
         table,
-        spec,
+        spec.crop,
         recipe.data,
         recipe.augment,
         recipe.fakes,
@@ -270,6 +270,7 @@ def train(
         seed=s.seed,
         batch=s.batch,
         device=world.device,
+        clip_frames=spec.clip_frames if spec.takes_clips else None,
         audio=make_listener(spec),
         rank=world.rank,
         world=world.size,

@@ -117,8 +117,8 @@ def member_profiles(spec: ModelSpec) -> tuple[Profile, ...]:
 
 def detector_profiles(spec: ModelSpec, settings: DetectorSettings) -> tuple[Profile, ...]:
     """The input of P-Net, R-Net or O-Net. P-Net sees frames scaled so that the smallest face has 12 px."""
-    if min(spec.input_hw) > 0:
-        return (Profile.fixed(3, *spec.input_hw),)
+    if min(spec.crop.input_hw) > 0:
+        return (Profile.fixed(3, *spec.crop.input_hw),)
     short = int(12 / settings.min_face_ratio) + 1
     long = int(short * _LONGEST_ASPECT) + 1
     return (Profile((3, 12, 12), (3, short, int(short * 16 / 9)), (3, long, long)),)

@@ -28,7 +28,7 @@ def input_shapes(spec: ModelSpec) -> tuple[Shape, ...]:
     """Crops or pictures, by clip or alone, and the log-mel for members that hear."""
     clip = () if spec.kind in ("frame", "detector") else (spec.clip_frames,)
     sound = ((spec.audio.bands, spec.audio.frames),) if spec.kind == "audio" else ()
-    return ((*clip, 3, *spec.input_hw), *sound)
+    return ((*clip, 3, *spec.crop.input_hw), *sound)
 
 
 def output_shapes(spec: ModelSpec) -> tuple[Shape, ...]:

@@ -16,13 +16,13 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine.bundle import Bundle, ModelSpec
+from dfengine.bundle import Bundle, CropSpec, ModelSpec
 from dfengine.errors import InferenceError
 from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
 from dfengine.stages.kernels import to_host
-from dfengine.types import F32, F64, I64, Array, Crops, Tracks
+from dfengine.types import F32, F64, I64, Array, Tracks
 
-MakeCrops = Callable[[ModelSpec, slice], Crops]
+MakeCrops = Callable[[CropSpec, slice], Array]
 
 # Crops that are cut and handed to a member together. 224 px crops of 32 rows are 19 MB; 8 and 128 were no faster.
 BATCH_CROPS = 32
@@ -46,13 +46,13 @@ class Backbone:
     @property
     def crops_bytes(self) -> int:
         """Of the crops that a member is handed together, as float32, at most."""
-        return max(3 * math.prod(m.input_hw) for m in self.members) * BATCH_CROPS * 4
+        return max(3 * math.prod(m.crop.input_hw) for m in self.members) * BATCH_CROPS * 4
 
     def run(self, rows: int, make_crops: MakeCrops, *, only: Collection[str] | None = None) -> dict[str, F64]:
         """Logits of every frame member, or of those named in ``only``, for ``rows`` rows, (rows,) each.
 
-        Positive means fake. ``make_crops(spec, rows)`` cuts out some of the rows; members with the same preprocessing
-        share the crops.
+        Positive means fake. ``make_crops(crop, rows)`` cuts out some of the rows, (B, 3, H, W); members with the same
+        preprocessing share them.
         """
         members = tuple(m for m in self.members if m.kind == "frame" and (only is None or m.name in only))
         logits = {m.name: np.empty(rows, np.float64) for m in members}
@@ -65,7 +65,7 @@ class Backbone:
     def _run_part(
         self, group: list[ModelSpec], make_crops: MakeCrops, logits: dict[str, F64], start: int, stop: int
     ) -> None:
-        batch = make_crops(group[0], slice(start, stop)).batch
+        batch = make_crops(group[0].crop, slice(start, stop))
         for member in group:
             logits[member.name][start:stop] = self._logits(member, batch)
 
@@ -74,7 +74,7 @@ class Backbone:
 
         ``log_mel``: (bands, frames) by name of each member that hears.
         """
-        members = (m for m in self.members if m.kind in ("clip", "audio"))
+        members = (m for m in self.members if m.takes_clips)
         return Clips(self, tuple(m for m in members if only is None or m.name in only), log_mel)
 
     def _logits(self, member: ModelSpec, *inputs: Array) -> NDArray[np.float32]:
@@ -120,7 +120,7 @@ class Clips:
                 # At most a clip at a time, so that little more is cut than kept.
                 for start in range(0, len(mine), size):
                     part = slice(int(mine[start]), int(mine[start : start + size][-1]) + 1)
-                    crops = to_host(make_crops(group[0], part).batch)
+                    crops = to_host(make_crops(group[0].crop, part))
                     before, waiting = self._held.get((g, int(track)), (crops[:0], numbers[:0]))
                     held, waiting = np.concatenate([before, crops]), np.append(waiting, numbers[part])
                     if len(waiting) >= size:
@@ -159,8 +159,7 @@ class Clips:
 
 
 def _by_preprocessing(members: tuple[ModelSpec, ...]) -> list[list[ModelSpec]]:
-    groups: dict[tuple[object, ...], list[ModelSpec]] = {}
+    groups: dict[tuple[CropSpec, int], list[ModelSpec]] = {}
     for m in members:
-        key = (m.input_hw, m.mean, m.std, m.margin_ratio, m.crop_shape, m.resize, m.padding, m.clip_frames)
-        groups.setdefault(key, []).append(m)
+        groups.setdefault((m.crop, m.clip_frames), []).append(m)
     return list(groups.values())

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dfengine.bundle import ModelSpec
+from dfengine.bundle import CropSpec
 from dfengine.stages.kernels import crop_resize
-from dfengine.types import F32, I64, Array, Crops, Dtype, Image, Tracks
+from dfengine.types import F32, I64, Array, Dtype, Image, Tracks
 
 
-def crop_boxes(boxes: F32, spec: ModelSpec) -> F32:
+def crop_boxes(boxes: F32, crop: CropSpec) -> F32:
     """Face boxes (N, 4) -> the boxes that are cropped, (N, 4); they may leave the frame."""
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     size = boxes[:, 2:] - boxes[:, :2]
-    if spec.crop_shape == "square":
+    if crop.crop_shape == "square":
         size = np.repeat(size.max(axis=1, keepdims=True), 2, axis=1)
-    half = size * (1 + spec.margin_ratio) / 2
+    half = size * (1 + crop.margin_ratio) / 2
     return np.concatenate([centre - half, centre + half], axis=1).astype(np.float32)
 
 
@@ -31,38 +31,31 @@ def crop_faces(
     images: Sequence[Image],
     boxes: F32,
     image_index: I64,
-    spec: ModelSpec,
+    crop: CropSpec,
     *,
     dtype: Dtype = "float32",
     threads: int = 1,
 ) -> Array:
-    """Crops face boxes as ``spec`` asks: (N, 3, H, W) RGB, (rgb / 255 - mean) / std, where the images lie.
+    """Crops face boxes as ``crop`` asks: (N, 3, H, W) RGB, (rgb / 255 - mean) / std, where the images lie.
 
     ``image_index``: (N,), the image of each box.
     """
     return crop_resize(
         images,
-        crop_boxes(boxes, spec),
+        crop_boxes(boxes, crop),
         image_index.astype(np.int32),
-        out_hw=spec.input_hw,
-        mean=spec.mean,
-        std=spec.std,
-        resize=spec.resize,
-        padding=spec.padding,
+        out_hw=crop.input_hw,
+        mean=crop.mean,
+        std=crop.std,
+        resize=crop.resize,
+        padding=crop.padding,
         dtype=dtype,
         threads=threads,
     )
 
 
 def crop_tracks(
-    images: Sequence[Image],
-    tracks: Tracks,
-    spec: ModelSpec,
-    *,
-    video: int = 0,
-    dtype: Dtype = "float32",
-    threads: int = 1,
-) -> Crops:
-    """The rows of one video's tracks as network input, with their identity."""
-    batch = crop_faces(images, tracks.xyxy, tracks.frame, spec, dtype=dtype, threads=threads)
-    return Crops(batch, np.full(len(tracks), video, np.int64), tracks.track_id, tracks.index)
+    images: Sequence[Image], tracks: Tracks, crop: CropSpec, *, dtype: Dtype = "float32", threads: int = 1
+) -> Array:
+    """``crop_faces`` of the rows of a video's tracks, whose ``frame`` is the index into ``images``."""
+    return crop_faces(images, tracks.xyxy, tracks.frame, crop, dtype=dtype, threads=threads)

@@ -77,7 +77,7 @@ class Detector:
         self._pnet, self._rnet, self._onet = (
             device.session(nets, name, threads=threads, detector=settings) for name in ("pnet", "rnet", "onet")
         )
-        self._input = nets.member("pnet")
+        self._input = nets.member("pnet").crop
 
     def detect(self, images: Sequence[Image], *, stride: int = 1, threads: int = 1) -> Faces:
         """Finds the faces of each image; ``Faces.frame`` is the index into ``images``.

@@ -199,8 +199,10 @@ def test_the_default_bundle_moves_little_in_float16(
         crops = []
         for half in (50, 60, 75, 90):
             face = torch.from_numpy(astronaut[110 - half : 110 + half, 225 - half : 225 + half] / 255.0)
-            small = torch.nn.functional.interpolate(face.permute(2, 0, 1)[None], member.input_hw, mode="area")[0]
-            crops.append((small.numpy() - np.array(member.mean)[:, None, None]) / np.array(member.std)[:, None, None])
+            small = torch.nn.functional.interpolate(face.permute(2, 0, 1)[None], member.crop.input_hw, mode="area")[0]
+            crops.append(
+                (small.numpy() - np.array(member.crop.mean)[:, None, None]) / np.array(member.crop.std)[:, None, None]
+            )
         x = np.array(crops, np.float32)
         (wanted,), (got,) = run_float32(make_network_onnx(name, tmp_path), [x]), run(gpu, ex, [x])
         assert np.abs(1 / (1 + np.exp(-wanted)) - 1 / (1 + np.exp(-got))).max() <= 0.01
