@@ -13,11 +13,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from dfengine.errors import BundleError, BundleNotFound
 from dfengine.sampling import Mode, Policy
-from dfengine.settings import from_plain, to_plain
+from dfengine.settings import AboveZero, Count, NotNegative, Share, ZeroOrMore, from_plain, to_plain
 from dfengine.types import PathLikeStr
 
 # 2 has what a crop is in one place, members[i].crop. 1 had its fields flat in the member.
@@ -25,6 +27,8 @@ SCHEMA_VERSION = 2
 PACKAGED = Path(__file__).parent / "bundles"
 
 Precision = Literal["fp32", "bf16"]
+MarginRatio = Annotated[float, Meta(gt=-1)]  # at -1 nothing of the box is left
+Std = Annotated[float, Meta(gt=1e-6)]  # smaller ones would blow rounding up to pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +38,21 @@ class DetectorSettings:
     nets: str = "mtcnn"  # a packaged bundle with members pnet, rnet, onet
     # Smallest face that is looked for, as a share of the frame's shorter side. 0.05 is 54 px in 1080p and 24 px in
     # 480p: below that a crop holds fewer pixels than any member's input has, and P-Net's cost grows with 1 / size^2.
-    min_face_ratio: float = 0.05
+    min_face_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.05
     # Scores from which P-Net, R-Net and O-Net take a box for a face. A score equal to its threshold is enough, as with
     # every minimum here and in TrackingSettings; facenet-pytorch has it so for P-Net only.
-    thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)
-    pyramid_factor: float = 0.709
+    thresholds: tuple[Share, Share, Share] = (0.6, 0.7, 0.7)
+    pyramid_factor: Annotated[float, Meta(gt=0, lt=1)] = 0.709
     # In reference and keyframe mode every stride-th sampled frame goes through the whole cascade, those between only
     # where that is needed (Note [Frames between] in dfengine.stages.detect). Of 2, 3 and 4, three changed the scores of
     # 16 clips least for what it saved: mean .006, where a different colour conversion changes them by .005.
-    stride: int = 3
+    stride: Count = 3
     # A frame whose brightest pixels (99th percentile of luma, 0..255) stay below this gets a second try, brightened.
     # 150 is the limit of github.com/zengm71/DeepFakeChallenge, which names dark frames as its main misses.
-    dark_below: float = 150.0
+    dark_below: Annotated[float, Meta(ge=0, le=255)] = 150.0
     # A gain of 6 spreads the last 42 of 255 levels over the whole range; what is darker holds little but noise and
     # quantisation. Chosen, not fitted.
-    max_gain: float = 6.0
+    max_gain: Annotated[float, Meta(ge=1)] = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,24 +65,24 @@ class TrackingSettings:
     # Low, because samples lie half a second apart: a face that moved by two thirds of its width still overlaps with
     # itself at .2. Faces of different people hardly overlap, and the best pairs are taken first. At the .3 usual for
     # dense video (NTech-Lab) three of 16 test clips of one person split in two; at .1 none does.
-    min_iou: float = 0.1
+    min_iou: Annotated[float, Meta(gt=0, lt=1)] = 0.1
     # A person ends after having been gone for longer than both. DFDC clips last 10 s and the detector's blinks stay
     # far below 2 s; the count is for sparse sampling, where a single frame may span more than that.
-    max_gap_seconds: float = 2.0
-    max_gap_frames: int = 2
+    max_gap_seconds: NotNegative = 2.0
+    max_gap_frames: ZeroOrMore = 2
     # Share of the sampled frames a person must be detected in. False faces are brief: the 3rd place of the DFDC
     # (NTech-Lab) asks for 7 of about 50 boxes (14 %), the 5th for a run of 30 of 300 frames (10 %).
-    min_detected_ratio: float = 0.15
+    min_detected_ratio: Share = 0.15
     # Median confidence of a person. Hands, T-shirts and paintings pass MTCNN's own .7 now and then; a team of the
     # DFDC (zengm71) went to .9 for every single face. The median over time keeps faces that blur for a moment.
-    min_confidence: float = 0.9
+    min_confidence: Share = 0.9
     # Side of a person's face against the largest face. SelfBlendedImages scores faces of at least half the largest
     # *area* (.71 of the side); people who sit at different depths need more room. Chosen, not fitted.
-    min_relative_side: float = 0.35
+    min_relative_side: Share = 0.35
     # Prints and paintings before a fixed camera: movement of the landmarks in the frame, in box sides (root mean
     # square). Measured with this detector: 24 photographs under camera noise, re-encoded at CRF 26, at most .0053; the
     # stillest of the people in 16 test clips .0198.
-    min_motion: float = 0.01
+    min_motion: NotNegative = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class Aggregation:
 class Calibration:
     """p_fake = sigmoid(logit / temperature + bias), on the blended logit of each track."""
 
-    temperature: float = 1.0
+    temperature: AboveZero = 1.0
     bias: float = 0.0
     fitted_on: str = ""
 
@@ -105,15 +109,17 @@ class AudioSettings:
 
     # 16 kHz, windows of 25 ms every 10 ms, 64 bands from 60 to 7800 Hz: the front end of YouTube's VGGish (Hershey et
     # al. 2017, arXiv:1609.09430, has 125 to 7500 Hz), widened at both ends: synthetic voices differ in the highs.
-    sample_rate: int = 16000
-    window: int = 400  # samples; also the length of the Fourier transform
-    hop: int = 160  # samples
-    bands: int = 64
-    low_hz: float = 60.0
-    high_hz: float = 7800.0
-    seconds: float = 10.0  # from the start of the sound; a DFDC clip lasts that long
+    sample_rate: Count = 16000
+    window: Annotated[int, Meta(ge=2)] = 400  # samples; also the length of the Fourier transform
+    hop: Count = 160  # samples
+    bands: Count = 64
+    low_hz: NotNegative = 60.0
+    high_hz: AboveZero = 7800.0
+    # From the start of the sound; a DFDC clip lasts 10 s. An hour is far above any use, and bounds what a header may
+    # cost.
+    seconds: Annotated[float, Meta(gt=0, le=3600)] = 10.0
     # Mel power that counts as silence. 16-bit noise of one step has 1e-7 to 1e-6 in a band.
-    floor: float = 1e-6
+    floor: Annotated[float, Meta(gt=0, lt=1)] = 1e-6
 
     @property
     def frames(self) -> int:
@@ -125,10 +131,10 @@ class AudioSettings:
 class CropSpec:
     """How a face becomes the input of a network: its preprocessing contract. See dfengine.stages.crop."""
 
-    input_hw: tuple[int, int] = (0, 0)
+    input_hw: tuple[ZeroOrMore, ZeroOrMore] = (0, 0)  # 0: any, P-Net alone
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # on RGB in 0..1
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    margin_ratio: float = 0.0  # the crop is the face box grown by this share of its size, in total
+    std: tuple[Std, Std, Std] = (1.0, 1.0, 1.0)
+    margin_ratio: MarginRatio = 0.0  # the crop is the face box grown by this share of its size, in total
     crop_shape: Literal["square", "box"] = "square"
     resize: Literal["triangle", "area", "bilinear"] = "triangle"
     padding: Literal["edge", "zero"] = "edge"
@@ -148,9 +154,9 @@ class ModelSpec:
     sha256: str
     kind: Literal["frame", "clip", "audio", "detector"] = "frame"
     crop: CropSpec = CropSpec()
-    clip_frames: int = 1  # crops a clip; 1 for kind "frame"
+    clip_frames: Count = 1  # crops a clip; 1 for kind "frame"
     audio: AudioSettings = AudioSettings()  # only kind "audio" listens
-    weight: float = 1.0
+    weight: AboveZero = 1.0
     # bf16: the network may run in bfloat16 where the processor has units for it, about twice as fast. Its logits then
     # depend on the machine, in the third digit.
     precision: Precision = "fp32"
@@ -164,7 +170,7 @@ class ModelSpec:
 class Bundle:
     """Everything needed to score a video, except the video. Load one with ``Bundle.load``."""
 
-    schema_version: int
+    schema_version: Count
     name: str
     licence: str
     members: tuple[ModelSpec, ...]
@@ -249,7 +255,7 @@ class Bundle:
         raise BundleError(f"there is no member {name!r} in the bundle", path=self.folder, stage="bundle")
 
     def _check(self) -> None:
-        """Refuses what loads but could not score: wrong files, and numbers outside their range."""
+        """Refuses what loads but could not score: wrong files, and settings that do not fit each other."""
 
         def require(ok: bool, message: str) -> None:
             if not ok:
@@ -262,32 +268,15 @@ class Bundle:
         )
         for m in self.members:
             who, c = f"member {m.name!r} has", m.crop
-            require(m.weight > 0, f"{who} weight {m.weight}; weights are positive")
             require(m.kind == "detector" or min(c.input_hw) > 0, f"{who} input_hw {c.input_hw}; sizes are positive")
-            require(min(c.std) > 1e-6, f"{who} std {c.std}; each must be above 1e-6, on RGB in 0..1")
-            require(
-                c.margin_ratio > -1, f"{who} margin_ratio {c.margin_ratio}; above -1, or nothing of the box is left"
-            )
-            ok = m.clip_frames >= 1 if m.takes_clips else m.clip_frames == 1
-            require(ok, f"{who} clip_frames {m.clip_frames}; at least 1, and 1 unless kind is clip or audio")
+            ok = m.takes_clips or m.clip_frames == 1
+            require(ok, f"{who} clip_frames {m.clip_frames}; it is 1 unless kind is clip or audio")
             a = m.audio
-            ok = min(a.sample_rate, a.hop, a.bands, a.frames) >= 1 and a.window >= 2 and 0 < a.floor < 1
-            ok = ok and 0 <= a.low_hz < a.high_hz <= a.sample_rate / 2
-            # An hour is far above any use and bounds what a header may cost.
             require(
-                ok and a.seconds <= 3600,
-                f"{who} audio settings {a}; sizes are positive, seconds hold at least one window and at most 3600, "
-                "0 <= low_hz < high_hz <= sample_rate / 2, 0 < floor < 1",
+                a.frames >= 1 and a.low_hz < a.high_hz <= a.sample_rate / 2,
+                f"{who} audio settings {a}; seconds hold at least one window, low_hz < high_hz <= sample_rate / 2",
             )
             self.onnx_bytes(m)
-        for name, value, low, high in (
-            ("calibration.temperature", self.calibration.temperature, 0, float("inf")),
-            ("detector.pyramid_factor", self.detector.pyramid_factor, 0, 1),
-            ("tracking.min_iou", self.tracking.min_iou, 0, 1),
-        ):
-            require(low < value < high, f"{name} is {value}; it must be above {low} and below {high}")
-        require(self.detector.stride >= 1, f"detector.stride is {self.detector.stride}; 1 is every frame")
-        require(self.schema_version >= 1, f"schema_version is {self.schema_version}; versions begin at 1")
 
 
 def to_json(bundle: Bundle, *, defaults: bool = True) -> str:

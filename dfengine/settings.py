@@ -17,11 +17,12 @@ from msgspec import Meta
 
 T = TypeVar("T")
 
+# Ranges that many fields have.
 Share = Annotated[float, Meta(ge=0, le=1)]
-Positive = Annotated[float, Meta(gt=0)]
+AboveZero = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
-CountOrNone = Annotated[int, Meta(ge=0)]  # 0: none
+ZeroOrMore = Annotated[int, Meta(ge=0)]
 
 
 def from_plain(cls: type[T], data: Any, where: str = "") -> T:
@@ -83,6 +84,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
     if isinstance(value, float) and not math.isfinite(value):  # json and tomllib read NaN and Infinity
         raise ValueError(f"{where} must be finite, got {value}")
+    if origin is Annotated:
+        _convert(args[0], value, where)  # the type is what is said first
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError:

@@ -79,6 +79,12 @@ def test_members_differ_in_what_they_say_and_overrides_win_over_them(tmp_path: P
             "[model]\nmask_head = true\n",
             r"model\.mask_head is True and train\.mask_weight 0\.0; a mask is learned with both",
         ),
+        ("[model]\ninput_hw = [0, 9]\n", r"model\.input_hw\[0\] must be int at least 1, got 0"),
+        (
+            "[bundle]\ndetector = { thresholds = [9, 9, 9] }\n",
+            r"bundle\.detector\.thresholds\[0\] must be float .* got 9",
+        ),
+        ("[train]\nlr = nan\n", r"train\.lr must be finite, got nan"),
         ("[bundle]\nsampling = 'some'\n", r"mine\.toml: .*sampling policy 'some'"),
         ("[train\n", r"mine\.toml: this is no TOML"),
     ],

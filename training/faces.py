@@ -36,12 +36,12 @@ from PIL import Image as PilImage
 from PIL import ImageDraw, ImageOps
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dfengine.bundle import CropSpec, DetectorSettings, TrackingSettings
+from dfengine.bundle import CropSpec, DetectorSettings, MarginRatio, TrackingSettings
 from dfengine.errors import DfengineError, InputError, OptionError, first_line
 from dfengine.files import replacing
 from dfengine.machine import usable_cores
 from dfengine.sampling import Mode, Policy, Sampling, parse_mode
-from dfengine.settings import from_plain, to_plain
+from dfengine.settings import Count, from_plain, to_plain
 from dfengine.stages import _kernels
 from dfengine.stages.crop import crop_boxes
 from dfengine.stages.decode import open_video
@@ -66,11 +66,11 @@ class ExtractSettings:
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     # Room around the face box, as in CropSpec: networks of this field see margins up to .6, the rest is for turning
     # and shifting. Chosen, not measured.
-    margin_ratio: float = 1.0
+    margin_ratio: MarginRatio = 1.0
     # Longer sides are scaled down to this: with a margin of 1 the face keeps 512 px. What is scaled down here and again
     # in training is softer than what the engine crops at once: a clip with regions of 781 px, kept at 512, scored
     # .0013 off with the default bundle, at 640 .0011, unscaled .00001.
-    max_px: int = 1024
+    max_px: Count = 1024
 
 
 def extract(

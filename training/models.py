@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfengine.bundle import AudioSettings, CropSpec, ModelSpec
+from dfengine.bundle import AudioSettings, CropSpec, MarginRatio, ModelSpec, Std
 from dfengine.errors import OptionError, first_line
+from dfengine.settings import AboveZero, Count, Share, ZeroOrMore
 
 from .checkpoint import read_tensors
 from .errors import WeightsError
@@ -35,9 +36,9 @@ from .errors import WeightsError
 class LstmSettings:
     """An LSTM over the embeddings of a clip's frames; its last step goes on to the head. Width 0: none."""
 
-    width: int = 0
-    layers: int = 1
-    dropout: float = 0.0  # between layers
+    width: ZeroOrMore = 0
+    layers: Count = 1
+    dropout: Share = 0.0  # between layers
     activation: Literal["tanh", "relu"] = "tanh"  # of the cell and its output; Keras lets one choose, torch does not
 
 
@@ -52,21 +53,21 @@ class ModelSettings:
     frozen: bool = False  # the backbone keeps its weights and its batch statistics
     pool: Literal["avg", "max"] = "avg"  # how a timm backbone's last feature map becomes a vector
     lstm: LstmSettings = LstmSettings()
-    audio_width: int = 0  # length of the sound's embedding, appended to the LSTM's last step; 0: deaf
+    audio_width: ZeroOrMore = 0  # length of the sound's embedding, appended to the LSTM's last step; 0: deaf
     # Layers before the last linear one: norm, dropout:RATIO, linear:WIDTH, relu, elu.
     head: tuple[str, ...] = ()
     mask_head: bool = False  # face_net only, see Note [Why the network is asked where]
 
-    input_hw: tuple[int, int] = (144, 144)
+    input_hw: tuple[Count, Count] = (144, 144)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    margin_ratio: float = 0.2
+    std: tuple[Std, Std, Std] = (0.5, 0.5, 0.5)
+    margin_ratio: MarginRatio = 0.2
     crop_shape: Literal["square", "box"] = "square"
     resize: Literal["triangle", "area", "bilinear"] = "triangle"
     padding: Literal["edge", "zero"] = "edge"
-    clip_frames: int = 1
+    clip_frames: Count = 1
     audio: AudioSettings = AudioSettings()
-    weight: float = 1.0  # in the blend of a bundle with several members
+    weight: AboveZero = 1.0  # in the blend of a bundle with several members
 
     def __post_init__(self) -> None:
         if self.clip_frames > 1 and self.lstm.width == 0:
