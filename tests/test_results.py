@@ -306,7 +306,7 @@ def test_output_that_cannot_be_written(tmp_path: Path, suffix: str) -> None:
         ("out.jsonl", b"some notes\n", "line 1 is no row of scores that this version of dfengine wrote"),
         ("out.jsonl", b'{"path": "x"}\n', "line 1 is no row"),
         ("out.jsonl", to_json(OK).encode() + b"\n[1]\n", "line 2 is no row"),
-        ("out.csv", b"filename,label\nx,0.5\n", "a row is no row"),
+        ("out.csv", b"filename,label\nx,0.5\n", "row 1 is no row"),
         ("out.csv", b"\xff\xfe,\nx,y\n", "this is no table of results"),
         ("out.parquet", b"PAR1 not", "this is no table of results"),
     ],
@@ -318,6 +318,119 @@ def test_a_file_of_something_else_is_not_resumed_and_not_touched(
     with pytest.raises(OutputError, match=message):
         Journal(tmp_path / name, inputs_of(ALL), resume=True)
     assert (tmp_path / name).read_bytes() == content
+
+
+def line_with(**values: object) -> bytes:
+    """A line of a file of results in which something is different."""
+    return json.dumps(OK.to_dict() | tables.to_row(OK) | values).encode() + b"\n"
+
+
+DEEP = b'{"path": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+DAMAGED_LINES = {
+    "binary": bytes(range(256)) * 50 + b"\n",
+    "binary without an end": bytes(range(255, 0, -1)),
+    "not UTF-8": line_with().replace(b"quotes", b"caf\xe9"),
+    "deep": DEEP,
+    "deep inside": line_with(note=0).replace(b'"note": 0', b'"note": ' + DEEP.strip()),
+    "no object": b"[1, 2]\n",
+    "no number": line_with(p_fake="high"),
+    "400 digits": line_with(p_fake=10**400),
+    "5000 digits": line_with(p_fake=0).replace(b'"p_fake": 0', b'"p_fake": ' + b"9" * 5000),
+    "NaN": line_with(p_fake=float("nan")),
+    "infinite": line_with(p_fake=0).replace(b'"p_fake": 0', b'"p_fake": 1e999'),
+    "no probability": line_with(p_fake=7),
+    "a truth": line_with(p_fake=True),
+    "no score": line_with(p_fake=None),
+    "a list as path": line_with(path=["x"]),
+    "a list as request": line_with(request=["x"]),
+    "a list as status": line_with(status=["ok"]),
+    "a status that there is not": line_with(status="fine"),
+    "nothing": line_with(path=None),
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("damage", DAMAGED_LINES)
+def test_a_damaged_line_is_said_and_the_file_is_left_alone(tmp_path: Path, suffix: str, damage: str) -> None:
+    path = tmp_path / f"out{suffix}"
+    journal_path = path if suffix == ".jsonl" else tmp_path / f"out{suffix}.journal.jsonl"
+    content = (to_json(NO_FACE) + "\n").encode() + DAMAGED_LINES[damage]
+    if suffix != ".jsonl":
+        content = (tables.to_line(to_row(NO_FACE)) + "\n").encode() + DAMAGED_LINES[damage]
+    journal_path.write_bytes(content)
+    with pytest.raises(OutputError, match=r"line 2 is no row of scores that this version .* leave out --resume to rep"):
+        Journal(path, inputs_of(ALL), resume=True)
+    assert journal_path.read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"people": 10**400}, {"people": "9" * 400}, {"frames_scored": 2**63}, {"seconds": [1]}, {"logit": "1e999"},
+        {"warnings": 3}, {"device": {"a": 1}}, {"mode": "half \ud800 a pair"}, {"error": [1], "status": "error"},
+        {"error": {"type": ["x"]}, "status": "error"}, {"error_type": [1], "status": "error"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_columns_are_said_or_do_not_matter(tmp_path: Path, suffix: str, values: dict[str, object]) -> None:
+    """Before anything is scored, and not when the table is made at the end."""
+    path = tmp_path / f"out{suffix}"
+    journal_path = path if suffix == ".jsonl" else tmp_path / f"out{suffix}.journal.jsonl"
+    if "status" in values:
+        values = {"p_fake": None, **values}
+    journal_path.write_bytes(line_with(**values))
+    (name, *_) = values.keys() - {"status", "p_fake"}
+    if suffix != ".jsonl" and name in COLUMNS:
+        with pytest.raises(OutputError, match=rf"line 1 is no row of scores .*\({name} of .* is "):
+            Journal(path, inputs_of(ALL), resume=True)
+        return
+    with Journal(path, inputs_of(ALL), resume=True) as journal:
+        for score in ALL:
+            if score.request not in journal.done:
+                journal.write(score)
+        journal.finish()
+    assert len(read(path)) == 4
+
+
+def test_long_fields_of_a_csv_are_read(tmp_path: Path) -> None:
+    long = dataclasses.replace(OK, warnings=("w" * 300_000,))
+    path = write(tmp_path / "out.csv", [long])
+    with Journal(path, inputs_of([long, GONE]), resume=True) as journal:
+        assert set(journal.done) == {"00"}
+        journal.write(GONE)
+        journal.finish()
+    assert csv.field_size_limit() == 131_072, "the limit of others stays"
+    assert path.read_text().count("w" * 300_000) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [bytes(range(256)) * 9, b'path,status,p_fake,request\n"x', b"\xe9", b"a,b\n1,2,3,4\n", b"path\n\0\n"]
+)
+def test_damaged_csv(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "out.csv").write_bytes(content)
+    with pytest.raises(OutputError, match=r"is no (table of results|row of scores) .*leave out --resume to replace it"):
+        Journal(tmp_path / "out.csv", inputs_of(ALL), resume=True)
+    assert (tmp_path / "out.csv").read_bytes() == content
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    """Whatever byte is damaged: it is said, or it is where it does not matter."""
+    path = write(tmp_path / "out.parquet", ALL)
+    whole = path.read_bytes()
+    said = 0
+    for at in range(0, len(whole), 37):
+        content = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
+        path.write_bytes(content)
+        try:
+            Journal(path, inputs_of(ALL), resume=True).__exit__()
+        except OutputError:
+            said += 1
+        assert path.read_bytes() == content
+    assert said > 10
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OutputError, match=r"this is no table of results .*leave out --resume to replace it"):
+        Journal(path, inputs_of(ALL), resume=True)
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -454,7 +567,7 @@ def test_a_table_that_somebody_has_edited(tmp_path: Path) -> None:
     with path.open(newline="") as file:
         assert [tuple(row) for row in csv.DictReader(file)] == [COLUMNS] * len(ALL)
     path.write_text(path.read_text().replace(f"{OK.p_fake}", "high", 1))
-    with pytest.raises(OutputError, match=r"this is no table of results: p_fake of .* is 'high'"):
+    with pytest.raises(OutputError, match=r"row 1 is no row of scores .*\(p_fake of .* is 'high'\)"):
         Journal(path, inputs_of(ALL), resume=True)
 
 

@@ -20,17 +20,20 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from dfengine.errors import OptionError, OutputError
+from dfengine.errors import OptionError, OutputError, first_line
 from dfengine.files import replacing
-from dfengine.jobs.tables import FORMATS, Csv, Row, to_line
+from dfengine.jobs.tables import FORMATS, Csv, NoRow, Row, to_line
 from dfengine.types import VideoScore
 
 # Errors that the same file gives again, with the same bundle and options. All others are tried again by --resume.
 LASTING_ERRORS = frozenset({"NotAVideo", "UnsupportedVideo", "DecodeError"})
 
 SYNC_SECONDS = 5.0
+
+# What can be done about a file that --resume cannot go on with.
+_REPLACE = "name another file, or leave out --resume to replace it"
 
 
 class Done(NamedTuple):
@@ -89,7 +92,7 @@ class Journal(AbstractContextManager["Journal"]):
 
     def write(self, score: VideoScore) -> None:
         """Adds one row. Raises OutputError; the rows before it stay."""
-        data = (to_line(self._format.to_row(score)) + "\n").encode("ascii")
+        data = _to_bytes(self._format.to_row(score))
         try:
             if not self._begun:
                 self._begin(data)
@@ -121,13 +124,13 @@ class Journal(AbstractContextManager["Journal"]):
         """The last row of each path stays, but those to be made anew."""
         keep: dict[str, int] = {}  # line by path
         requested = {path: request for request, path in self._inputs.items()}
-        for number, row in enumerate(self._old_rows()):
+        for number, (row, _) in enumerate(self._old_rows()):
             path, request = row["path"], row["request"]
             if path not in requested:
                 keep[path] = number
             elif request in self._inputs and _lasts(row):
                 keep[path] = number
-                self.done[request] = Done(row["status"], self._p_fake(row))
+                self.done[request] = Done(row["status"], row["p_fake"])
             else:
                 keep.pop(path, None)
                 self.done.pop(requested[path], None)
@@ -140,9 +143,9 @@ class Journal(AbstractContextManager["Journal"]):
             with replacing(self.path) as partial:
                 new = _open_locked(partial)
                 with open(new, "wb", closefd=False) as file:
-                    for number, row in enumerate(self._old_rows() if self._kept else ()):
+                    for number, (_, line) in enumerate(self._old_rows() if self._kept else ()):
                         if number in self._kept:
-                            file.write((to_line(row) + "\n").encode("ascii"))
+                            file.write(line)
                     file.write(first)
         except BaseException:
             if new >= 0:
@@ -151,28 +154,38 @@ class Journal(AbstractContextManager["Journal"]):
         os.close(self._file)
         self._file, self._begun = new, True
 
-    def _p_fake(self, row: Row) -> float | None:
-        try:
-            return None if row["p_fake"] in (None, "") else float(row["p_fake"])
-        except ValueError:
-            raise OutputError(
-                f"this is no table of results: p_fake of {row['path']!r} is {row['p_fake']!r}", path=self._format.path
-            ) from None
-
-    def _old_rows(self) -> Iterator[Row]:
+    def _old_rows(self) -> Iterator[tuple[Row, bytes]]:
+        """Each old row, and its line in a journal. Raises OutputError."""
         if os.fstat(self._file).st_size > 0:
             with self.path.open("rb") as file:
-                yield from _parse(file, self.path)
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n") and line.lstrip(b"\0")[:1] in (b"{", b""):
+                        return  # torn: the process or the machine ended in the middle of it
+                    row = self._check(_parse(line), self.path, f"line {number}")
+                    yield row, _to_bytes(row) if self._has_table else line
         elif self._has_table and self._format.path.exists():
-            for row in self._read_table():
-                _check_row(row, self._format.path, "a row")
-                yield row
+            for number, read in enumerate(self._read_table(), 1):
+                row = self._check(read, self._format.path, f"row {number}")
+                yield row, _to_bytes(row)
+
+    def _check(self, read: Any, path: Path, where: str) -> Row:
+        try:
+            return self._format.check(read)
+        except NoRow as error:
+            why = f" ({error})" if str(error) else ""
+            raise OutputError(
+                f"{where} is no row of scores that this version of dfengine wrote{why}; {_REPLACE}", path=path
+            ) from None
 
     def _read_table(self) -> Iterator[Row]:
+        path = self._format.path
         try:
             yield from self._format.read_table()
         except ValueError as error:  # not UTF-8, not Parquet
-            raise OutputError(f"this is no table of results ({error})", path=self._format.path) from None
+            raise OutputError(f"this is no table of results ({first_line(error)}); {_REPLACE}", path=path) from None
+        except OSError as error:  # Arrow raises it for damage too, without a number
+            why = f"the table cannot be read ({error.strerror})" if error.errno else "this is no table of results"
+            raise OutputError(f"{why} ({first_line(error)}); {_REPLACE}", path=path) from None
 
     def _in_order(self) -> Iterator[Row]:
         """Rows of other runs first, then those of this one in the order of its inputs."""
@@ -206,30 +219,25 @@ def output_error(path: Path, error: OSError, note: str = "") -> OutputError:
 
 def _lasts(row: Row) -> bool:
     """Whether an answer would be the same if it were made again."""
-    error = row.get("error") or {}
-    kind = row.get("error_type") or error.get("type")
-    return row["status"] != "error" or kind in LASTING_ERRORS
+    error = row.get("error")
+    kind = error.get("type") if isinstance(error, dict) else row.get("error_type")
+    return row["status"] != "error" or (isinstance(kind, str) and kind in LASTING_ERRORS)
 
 
-def _parse(file: BinaryIO, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
-            return  # torn: the process ended in the middle of it
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        _check_row(row, path, f"line {number}")
-        yield row
+def _parse(line: bytes) -> Any:
+    """The value of a line of JSON; None if it is something else."""
+    try:
+        return json.loads(line.decode("utf-8"), parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
 
 
-def _check_row(row: Any, path: Path, where: str) -> None:
-    if not isinstance(row, dict) or not {"path", "status", "p_fake", "request"} <= row.keys():
-        raise OutputError(
-            f"{where} is no row of scores that this version of dfengine wrote; name another file, or leave out "
-            "--resume to replace it",
-            path=path,
-        )
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _to_bytes(row: Row) -> bytes:
+    return (to_line(row) + "\n").encode("ascii")
 
 
 def _open_locked(path: Path) -> int:

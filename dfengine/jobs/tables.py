@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import reprlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dfengine.errors import OptionError
+from dfengine.errors import OptionError, first_line
 from dfengine.types import VideoScore
 
 # The flat columns, in order.
@@ -18,6 +20,14 @@ COLUMNS = (
     "frames_decoded", "frames_scored", "members", "sampling", "mode", "bundle", "device", "decoder", "seconds",
     "request",
 )  # fmt: skip
+
+# What is in the columns that hold no text.
+_NUMBERS: dict[str, type[float] | type[int]] = {
+    "p_fake": float, "logit": float, "seconds": float, "people": int, "frames_decoded": int, "frames_scored": int,
+}  # fmt: skip
+
+# What a row cannot be without, whatever the format.
+_NEEDED = ("path", "status", "p_fake", "request")
 
 PARQUET_ROWS = 1000  # written at a time
 
@@ -55,13 +65,72 @@ def to_row(score: VideoScore) -> Row:
         "bundle": score.bundle,
         "device": score.device,
         "decoder": score.decoder,
-        "seconds": round(sum(score.timings.values()), 4),
+        "seconds": round(sum(score.timings.values(), 0.0), 4),
         "request": score.request,
     }
 
 
+class NoRow(ValueError):
+    """What was read is no row of scores. Says what is wrong if it looks like one."""
+
+
+def _read_needed(row: Any) -> Row:
+    """The values of ``_NEEDED``, as ``to_row`` has them. Raises NoRow."""
+    if not isinstance(row, dict) or not row.keys() >= set(_NEEDED):
+        raise NoRow
+    path, status, request = (_text(row, name) for name in ("path", "status", "request"))
+    if path is None or request is None or status not in ("ok", "no_face", "error"):
+        raise NoRow
+    p_fake = _number(row, "p_fake")
+    if (status == "ok") != (p_fake is not None) or not 0 <= (p_fake or 0) <= 1:
+        raise NoRow(f"p_fake of {reprlib.repr(path)} is {p_fake}, its status {status}")
+    return {"path": path, "status": status, "p_fake": p_fake, "request": request}
+
+
+def _read(row: Row, name: str) -> str | float | None:
+    return _number(row, name) if name in _NUMBERS else _text(row, name)
+
+
+def _text(row: Row, name: str) -> str | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not _can_be_encoded(value):
+        raise _no_value(row, name)
+    return value
+
+
+def _can_be_encoded(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and a table cannot
+        return False
+    return True
+
+
+def _number(row: Row, name: str) -> float | None:
+    value = row.get(name)
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise _no_value(row, name)
+    try:
+        number = _NUMBERS[name](value)
+    except (ValueError, OverflowError):  # of 400 digits
+        raise _no_value(row, name) from None
+    if not abs(number) < 2**63:  # not a number, infinite, or more than the column of a Parquet file holds
+        raise _no_value(row, name)
+    return number
+
+
+def _no_value(row: Row, name: str) -> NoRow:
+    return NoRow(f"{name} of {reprlib.repr(row.get('path'))} is {reprlib.repr(row[name])}")
+
+
 class Format(ABC):
     """One kind of file. Rows are dicts with at least path, status, p_fake and request, ready for JSON."""
+
+    columns: tuple[str, ...] = COLUMNS
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,13 +140,18 @@ class Format(ABC):
     def to_row(self, score: VideoScore) -> Row:
         """What the journal keeps of a score."""
 
+    def check(self, row: Any) -> Row:
+        """The row that ``to_row`` made, from what was read of a journal or a table. Raises NoRow."""
+        needed = _read_needed(row)
+        return {name: _read(row, name) for name in self.columns} | needed
+
     @abstractmethod
     def write_table(self, rows: Iterable[Row], path: Path) -> None:
         """Makes the whole file from the journal's rows, at ``path``."""
 
     @abstractmethod
     def read_table(self) -> Iterator[Row]:
-        """The rows of a finished file."""
+        """The rows of a finished file, not checked. Raises ValueError if it is something else or damaged."""
 
 
 class _JsonLines(Format):
@@ -89,6 +163,10 @@ class _JsonLines(Format):
 
     def to_row(self, score: VideoScore) -> Row:
         return score.to_dict()
+
+    def check(self, row: Any) -> Row:
+        needed: Row = _read_needed(row)
+        return {**row, **needed}
 
     def write_table(self, rows: Iterable[Row], path: Path) -> None:
         raise NotImplementedError
@@ -103,17 +181,25 @@ class Csv(Format):
 
     def write_table(self, rows: Iterable[Row], path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")  # columns of the user
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
     def read_table(self) -> Iterator[Row]:
-        with self.path.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file)
+        limit = csv.field_size_limit(sys.maxsize)  # 131,072 characters else, and warnings and paths may be longer
+        try:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                yield from csv.DictReader(file)
+        except csv.Error as error:
+            raise ValueError(error) from None
+        finally:
+            csv.field_size_limit(limit)
 
 
 class _Parquet(Format):
     """With a column more than CSV: the whole score as JSON."""
+
+    columns = (*COLUMNS, "detail_json")
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -128,17 +214,19 @@ class _Parquet(Format):
 
     def write_table(self, rows: Iterable[Row], path: Path) -> None:
         arrow = self._arrow
-        numbers = {"p_fake": arrow.float64(), "logit": arrow.float64(), "seconds": arrow.float64()}
-        numbers |= dict.fromkeys(("people", "frames_decoded", "frames_scored"), arrow.int64())
-        schema = arrow.schema([(name, numbers.get(name, arrow.string())) for name in (*COLUMNS, "detail_json")])
+        kinds = {str: arrow.string(), float: arrow.float64(), int: arrow.int64()}
+        schema = arrow.schema([(name, kinds[_NUMBERS.get(name, str)]) for name in self.columns])
         with arrow.parquet.ParquetWriter(path, schema) as writer:
             for part in _in_parts(rows, PARQUET_ROWS):
                 writer.write_table(arrow.Table.from_pylist(part, schema))
 
     def read_table(self) -> Iterator[Row]:
-        with self._arrow.parquet.ParquetFile(self.path) as file:  # ArrowInvalid is a ValueError
-            for batch in file.iter_batches(PARQUET_ROWS):
-                yield from batch.to_pylist()
+        try:
+            with self._arrow.parquet.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(PARQUET_ROWS):
+                    yield from batch.to_pylist()
+        except (self._arrow.ArrowException, KeyError, OverflowError) as error:
+            raise ValueError(first_line(error)) from None
 
 
 FORMATS: dict[str, type[Format]] = {".jsonl": _JsonLines, ".csv": Csv, ".parquet": _Parquet}
