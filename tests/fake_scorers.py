@@ -61,6 +61,11 @@ def make(bundle: Bundle, device: str, threads: int) -> Callable[[str, Plan, Call
     return score
 
 
+def make_heavy(weight: bytes, bundle: Bundle, device: str, threads: int) -> object:
+    """For a set-up that takes as much to send as ``weight``."""
+    return make(bundle, device, threads)
+
+
 def no_device(bundle: Bundle, device: str, threads: int) -> None:
     raise DeviceError("device 'cuda' cannot be had: test", stage="device")
 

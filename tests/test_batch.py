@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import selectors
@@ -359,6 +360,61 @@ def test_workers_that_cannot_be_started_end_the_run(bundle: Bundle, fakes: Path,
         WorkerCrashed, match="cannot be started: the last one was killed by SIGKILL before it was ready"
     ):
         run(make_files(tmp_path / "v", "ok-1", "ok-2"), bundle, fake_scorers.dies_at_start, workers=2)
+
+
+HEAVY = functools.partial(fake_scorers.make_heavy, bytes(50_000_000))
+
+
+def test_a_large_set_up_reaches_its_workers(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
+    rows = run(make_files(tmp_path / "v", "ok-1", "once-2", "ok-3"), bundle, HEAVY, workers=2)
+    assert {r.status for r in rows.values()} == {"ok"}
+
+
+def be_python(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes run this shell script instead."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_a_process_that_never_reads_does_not_stop_its_parent(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_python("exec sleep 600", tmp_path, monkeypatch)
+    process = Process(Setup(bundle, "cpu", 1, HEAVY))
+    try:
+        process.workers[0].give(Task("x", Plan("uniform:8", "reference", ("mean",)), 60))
+        process.flush()
+        assert process.has_unsent
+        assert process.receive() == []
+    finally:
+        process.kill()
+    assert not alive(process.pid)
+
+
+@pytest.mark.parametrize("make_scorer", [fake_scorers.make, HEAVY], ids=["light", "heavy"])
+def test_processes_that_exit_at_once_end_the_run(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_scorer: object
+) -> None:
+    be_python("exit 3", tmp_path, monkeypatch)
+    with pytest.raises(WorkerCrashed, match="cannot be started: the last one exited with code 3 before it was ready"):
+        run(make_files(tmp_path / "v", "ok-1", "ok-2"), bundle, make_scorer, workers=2)
+
+
+def test_what_cannot_be_sent_is_told_by_receive(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_python("exit 3", tmp_path, monkeypatch)
+    process = Process(Setup(bundle, "cpu", 1, fake_scorers.make))
+    try:
+        wait_until(lambda: not alive(process.pid))
+        process.workers[0].give(Task("x", Plan("uniform:8", "reference", ("mean",)), 60))
+        process.flush()
+        assert not process.has_unsent
+        assert process.receive() == [Died("exited with code 3")]
+    finally:
+        process.kill()
 
 
 def test_a_worker_too_many_is_done_without(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:

@@ -198,9 +198,16 @@ class Supervisor:
         return [(worker, self._running.pop(worker)) for worker in process.workers if worker in self._running]
 
     def _listen(self) -> Iterator[VideoScore]:
-        for key, _ in self._selector.select(POLL_SECONDS):
+        for process in self._processes:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.has_unsent else 0)
+            if self._selector.get_key(process).events != events:
+                self._selector.modify(process, events)
+        for key, events in self._selector.select(POLL_SECONDS):
             assert isinstance(key.fileobj, Process)
-            yield from self._hear(key.fileobj)
+            if events & selectors.EVENT_WRITE:
+                key.fileobj.flush()
+            if events & selectors.EVENT_READ:
+                yield from self._hear(key.fileobj)
 
     def _hear(self, process: Process) -> Iterator[VideoScore]:
         """Takes what a process has said."""

@@ -7,6 +7,7 @@ import pickle
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,12 +82,17 @@ class Log:
 
 
 class Channel:
-    """Pickled objects over a socket, each behind its length. Sending is thread-safe."""
+    """Pickled objects over a socket, each behind its length.
+
+    The parent uses ``post``, ``flush`` and ``receive_available``, which never wait; a process ``send``, which is
+    thread-safe, and ``receive``.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._unread = bytearray()
         self._parsed: list[Any] = []
+        self._unsent: deque[memoryview] = deque()
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
@@ -96,9 +102,33 @@ class Channel:
         self._socket.close()
 
     def send(self, value: Any) -> None:
-        data = pickle.dumps(value)
+        """Waits until the other side has room for it."""
         with self._lock:
-            self._socket.sendall(struct.pack(">Q", len(data)) + data)
+            self._socket.sendall(_to_bytes(value))
+
+    def post(self, value: Any) -> None:
+        """Sends what the other side has room for; the rest goes with ``flush``."""
+        self._unsent.append(memoryview(_to_bytes(value)))
+        self.flush()
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    def flush(self) -> None:
+        """To be called when the socket can be written to, while something is unsent. ``receive_available`` tells if
+        the other side is gone; then there is nothing left to send.
+        """
+        try:
+            while self._unsent:
+                sent = self._socket.send(self._unsent[0], socket.MSG_DONTWAIT)
+                self._unsent[0] = self._unsent[0][sent:]
+                if not self._unsent[0]:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()
 
     def receive(self) -> Any:
         """Waits for one object. Raises EOFError when the other side is gone."""
@@ -132,3 +162,8 @@ class Channel:
             values.append(pickle.loads(self._unread[8 : 8 + length]))
             del self._unread[: 8 + length]
         return values
+
+
+def _to_bytes(value: Any) -> bytes:
+    data = pickle.dumps(value)
+    return struct.pack(">Q", len(data)) + data

@@ -1,7 +1,7 @@
 """Worker processes as their parent sees them.
 
 Native code that crashes, hangs or eats all memory costs only the process it is in. The two sides talk over a socket
-pair; the parent never blocks on it, so that a worker in any state can be given up.
+pair; the parent never blocks on it, neither reading nor writing, so that a worker in any state can be given up.
 
 Note [Why not multiprocessing]
 Its spawn runs the caller's main module again in every worker (a script without a guard would start itself), adds a
@@ -56,7 +56,7 @@ class Process:
                 start_new_session=True,
             )
         self._channel = Channel(ours)
-        self._channel.send(setup)
+        self._channel.post(setup)
         self.ready = False
         self.tasks_given = 0
         self.workers = tuple(Worker(self, number) for number in range(setup.workers))
@@ -92,10 +92,17 @@ class Process:
             messages.append(Died(self._how_it_ended()))
         return messages
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether ``flush`` is to be called when this can be written to."""
+        return self._channel.has_unsent
+
+    def flush(self) -> None:
+        self._channel.flush()
+
     def send(self, worker: Worker, task: Task) -> None:
         self.tasks_given += 1
-        with suppress(OSError):
-            self._channel.send(Given(worker.number, task))
+        self._channel.post(Given(worker.number, task))
 
     def kill(self) -> None:
         """Ends the process now. One that cannot be killed (waiting for a dead file server) is left behind."""
