@@ -7,8 +7,8 @@ whichever of 16 threads drops them last.
 
 tools.DeviceMemoryPool keeps blocks by size and knows no streams: what one lane drops, another may get while the first
 one's stream still reads it. One pool a lane would do, but for its way back: the first block that comes back takes the
-context that is current, and where none is the destructor throws, which ends the process (mempool.cpp; PyCUDA's issue
-74). Nor has it a limit for what it keeps.
+context that is current, and where none is the destructor throws, which ends the process (mempool.cpp, mempool.hpp).
+Nor has it a limit for what it keeps.
 
 gpuarray.GPUArray says "stream": None in __cuda_array_interface__, so that who reads it may do so before it is written;
 a[4:2] has two rows instead of none; strides are not checked against the memory that there is. Its arithmetic, which
