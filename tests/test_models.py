@@ -132,8 +132,8 @@ def test_a_network_that_hears() -> None:
     x, sound = torch.rand(2, 3, 3, 8, 8), torch.rand(2, AUDIO.bands, AUDIO.frames)
     assert network(x, sound).shape == (2, 1)
     assert not torch.allclose(network(x, sound), network(x, 0.5 * sound))
-    assert (network.ears(torch.zeros_like(sound)) == 0).all(), "a missing sound is zeros, whatever was learned"
-    some = network.ears(torch.stack([sound[0], torch.zeros_like(sound[0])]))
+    assert (network.audio_head(torch.zeros_like(sound)) == 0).all(), "a missing sound is zeros, whatever was learned"
+    some = network.audio_head(torch.stack([sound[0], torch.zeros_like(sound[0])]))
     assert some[0].abs().max() > 0
     assert (some[1] == 0).all()
 

@@ -29,7 +29,7 @@ from dfengine.errors import DfengineError
 from training import checkpoint, evaluate, metrics, scoring, train
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, TrainingError
-from training.models import ModelSettings, make_network
+from training.models import LstmSettings, ModelSettings, make_network
 from training.optimise import TrainSettings, cosine_factor, label_loss, make_optimiser, mask_loss, order_loss
 from training.table import FaceTable
 
@@ -442,6 +442,16 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
     wider = make_network(ModelSettings(head=("linear:7",)), 0).state_dict()
     with pytest.raises(CheckpointError, match=r"'head\.\d\.\w+' does not fit; use the recipe that it was trained with"):
         scoring.load_weights(network, wider, Path("x"))
+
+
+def test_a_checkpoint_of_a_former_version_is_read() -> None:
+    settings = ModelSettings(input_hw=(32, 32), lstm=LstmSettings(width=4), clip_frames=2, audio_width=3)
+    network, other = make_network(settings, 0), make_network(settings, 1)
+    former = {k.replace("audio_head.", "ears."): v.clone() for k, v in network.state_dict().items()}
+    assert any(k.startswith("ears.") for k in former)
+    scoring.load_weights(other, former, Path("x"))
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=0, atol=0)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

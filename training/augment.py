@@ -1,8 +1,8 @@
 """What happens to a picture between a face and the network: flips, light, focus, noise, scale, JPEG, H.264; mixtures.
 
 A strength that is a range is drawn from it evenly (sizes evenly over octaves). Everything is off by default: a recipe
-says what it uses. All chance comes from generators that are passed in, one a sample, so that a sample's luck depends on
-its own key and not on its batch.
+says what it uses. All chance comes from generators that are passed in, one a sample, so that what is drawn for a sample
+depends on its own key and not on its batch.
 
 What has been through H.264 is handed on as the decoder's YUV planes: the network's input is cut from those, as in use.
 """
@@ -146,7 +146,7 @@ def augment_pixels(
     the ranges they go.
     """
     steps = ("downscale", "colour", "blur", "noise", "jpeg", "h264")
-    on = {name: luck < getattr(settings, name) for name, luck in zip(steps, rng.random(len(steps)), strict=True)}
+    on = {name: drawn < getattr(settings, name) for name, drawn in zip(steps, rng.random(len(steps)), strict=True)}
     scale, sigma, noise_sigma, quality, crf = rng.random(5) * severity
     camera, noise_seed = rng.random(7), rng.integers(1 << 63)
     if not any(on.values()):
@@ -270,8 +270,8 @@ def mix(
     """
     b, (h, w) = len(x), x.shape[-2:]
     share = draws.beta(settings.mix_alpha)
-    luck, centre = draws.uniform(0.0, 1.0), draws.uniform(0.0, 1.0, 2)
-    is_mixup, is_cutmix = luck < settings.mixup, luck >= 1 - settings.cutmix
+    which, centre = draws.uniform(0.0, 1.0), draws.uniform(0.0, 1.0, 2)
+    is_mixup, is_cutmix = which < settings.mixup, which >= 1 - settings.cutmix
 
     half = torch.sqrt(1 - share) / 2  # of the cut box, as a share of the sides
     low, high = ((centre + s * half[:, None]).clamp(0, 1) * torch.tensor([w, h]) for s in (-1, 1))

@@ -189,8 +189,8 @@ def thin_plate(points: Tensor, onto: Tensor, at: Tensor) -> Tensor:
 
     def basis(x: Tensor) -> Tensor:  # (B or 1, P, 2) -> (B, P, K + 3)
         squared = (x[:, :, None] - points[:, None]).square().sum(dim=3)
-        bent = squared * torch.log(squared.clamp_min(1e-6))
-        return torch.cat([bent, torch.ones_like(bent[:, :, :1]), x.expand(b, -1, 2)], dim=2)
+        radial = squared * torch.log(squared.clamp_min(1e-6))
+        return torch.cat([radial, torch.ones_like(radial[:, :, :1]), x.expand(b, -1, 2)], dim=2)
 
     rows = basis(points)
     below = torch.cat([rows[:, :, k:].transpose(1, 2), torch.zeros(b, 3, 3)], dim=2)
@@ -224,15 +224,15 @@ def _solve_poisson(wanted: Tensor, mask: Tensor, steps: int) -> Tensor:
         return (a * b).sum(dim=(1, 2, 3), keepdim=True)
 
     x = torch.zeros_like(wanted)
-    rest = laplacian(wanted)
-    way = rest
-    length = dot(rest, rest)
+    residual = laplacian(wanted)
+    direction = residual
+    length = dot(residual, residual)
     for _ in range(steps):
-        bent = laplacian(way)
-        step = length / dot(way, bent).clamp_min(1e-12)
-        x, rest = x + step * way, rest - step * bent
-        former, length = length, dot(rest, rest)
-        way = rest + length / former.clamp_min(1e-12) * way
+        image = laplacian(direction)
+        step = length / dot(direction, image).clamp_min(1e-12)
+        x, residual = x + step * direction, residual - step * image
+        former, length = length, dot(residual, residual)
+        direction = residual + length / former.clamp_min(1e-12) * direction
     return x
 
 

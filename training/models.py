@@ -1,6 +1,6 @@
-"""Networks: a backbone, an LSTM over the frames of a clip if wanted, ears if wanted, and a head of one logit.
+"""Networks: a backbone, an LSTM over the frames of a clip and an audio head if wanted, and a head of one logit.
 
-Note [Why the network is asked where]
+Note [What the mask head is for]
 One bit a crop is little to learn from. The masks of pseudo-fakes are known, so FaceNet can predict them on a coarse
 grid, as Face X-ray does (Li et al. 2020, arXiv:1912.13458). That head shares all but the last stage with the first one
 and is not exported. What it brings was not measured.
@@ -53,10 +53,10 @@ class ModelSettings:
     frozen: bool = False  # the backbone keeps its weights and its batch statistics
     pool: Literal["avg", "max"] = "avg"  # how a timm backbone's last feature map becomes a vector
     lstm: LstmSettings = LstmSettings()
-    audio_width: ZeroOrMore = 0  # length of the sound's embedding, appended to the LSTM's last step; 0: deaf
+    audio_width: ZeroOrMore = 0  # length of the sound's embedding, appended to the LSTM's last step; 0: no sound
     # Layers before the last linear one: norm, dropout:RATIO, linear:WIDTH, relu, elu.
     head: tuple[str, ...] = ()
-    mask_head: bool = False  # face_net only, see Note [Why the network is asked where]
+    mask_head: bool = False  # face_net only, see Note [What the mask head is for]
 
     input_hw: tuple[Count, Count] = (144, 144)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -102,7 +102,7 @@ class ModelSettings:
 
 
 class Network(nn.Module):
-    """Crops (B, 3, H, W) or clips (B, T, 3, H, W), with a log-mel (B, bands, frames) if it hears -> logits (B, 1).
+    """Crops (B, 3, H, W) or clips (B, T, 3, H, W), and a log-mel (B, bands, frames) for an audio head -> logits (B, 1).
 
     Raises OptionError for a backbone or layer that does not exist, WeightsError for weights that cannot be had.
     """
@@ -112,12 +112,12 @@ class Network(nn.Module):
         super().__init__()
         self.settings = settings
         self.backbone, width = make_backbone(settings, fetch=fetch)
-        self.lstm, self.ears = None, None
+        self.lstm, self.audio_head = None, None
         if settings.lstm.width:
             self.lstm = make_lstm(width, settings.lstm)
             width = settings.lstm.width
         if settings.audio_width:
-            self.ears = Ears(settings.audio.bands, settings.audio_width)
+            self.audio_head = AudioHead(settings.audio.bands, settings.audio_width)
             width += settings.audio_width
         self.head = make_head(width, settings.head)
         if settings.frozen:
@@ -143,9 +143,9 @@ class Network(nn.Module):
             return logits
         features = self.backbone(x.flatten(0, 1))  # (B T, width)
         last: Tensor = self.lstm(features.view(-1, self.settings.clip_frames, features.shape[1]))[0][:, -1]
-        if self.ears is not None:
-            assert log_mel is not None, "a network that hears needs a log-mel"
-            last = torch.cat([last, self.ears(log_mel)], dim=1)
+        if self.audio_head is not None:
+            assert log_mel is not None, "a network with an audio head needs a log-mel"
+            last = torch.cat([last, self.audio_head(log_mel)], dim=1)
         logits = self.head(last)
         return logits
 
@@ -219,7 +219,7 @@ class ReluLstm(nn.Module):
         return (torch.stack(steps, dim=1),)
 
 
-class Ears(nn.Module):
+class AudioHead(nn.Module):
     """Log-mel (B, bands, frames) -> embedding (B, width); zeros for silence, which stands for a missing sound track."""
 
     def __init__(self, bands: int, width: int) -> None:

@@ -71,6 +71,7 @@ def load_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
 
 def load_weights(network: Network, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raises CheckpointError if they are of another network."""
+    tensors = {_present_name(name): tensor for name, tensor in tensors.items()}
     wanted = network.state_dict()
     wrong = sorted(k for k in wanted.keys() | tensors.keys() if k not in tensors or k not in wanted)
     wrong = wrong or [k for k, v in wanted.items() if tensors[k].shape != v.shape]
@@ -80,7 +81,16 @@ def load_weights(network: Network, tensors: Mapping[str, Tensor], path: Path) ->
             "not fit; use the recipe that it was trained with",
             path=path,
         )
-    network.load_state_dict(dict(tensors))
+    network.load_state_dict(tensors)
+
+
+# What parts of a network were called in checkpoints of former versions, and are called now.
+RENAMED = {"ears": "audio_head"}
+
+
+def _present_name(tensor: str) -> str:
+    part, dot, rest = tensor.partition(".")
+    return RENAMED.get(part, part) + dot + rest
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -147,25 +157,28 @@ def make_evaluation_batches(
         batch=max(1, BATCH // spec.clip_frames),
         device=device,
         clip_frames=spec.clip_frames if spec.takes_clips else None,
-        audio=make_listener(spec),
+        audio=make_audio_loader(spec),
         training=False,
         rank=rank,
         world=world,
     )
 
 
-def make_listener(spec: ModelSpec) -> Callable[[Path], F32] | None:
-    """Path -> log-mel (bands, frames) for a network that hears, else None. Raises TrainingError if the file is gone."""
+def make_audio_loader(spec: ModelSpec) -> Callable[[Path], F32] | None:
+    """Path -> log-mel (bands, frames), for networks with an audio head, else None.
+
+    What it returns raises TrainingError if the file is gone.
+    """
     if spec.kind != "audio":
         return None
 
     @lru_cache(64)  # the clips of one video follow each other
-    def listen(path: Path) -> F32:
+    def load(path: Path) -> F32:
         if not Path(path).is_file():  # silence would be learned as if it were this video's sound
             raise TrainingError("the video is gone, and its sound is needed; put it back where it was", path=path)
         return load_log_mel(path, spec.audio).log_mel
 
-    return listen
+    return load
 
 
 def check_same_pictures(batches: Mapping[str, Batches]) -> None:

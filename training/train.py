@@ -45,9 +45,9 @@ from .recipe import Recipe, load_recipe
 from .scoring import (
     Trained,
     load_weights,
+    make_audio_loader,
     make_bundle,
     make_evaluation_batches,
-    make_listener,
     predict,
     score_videos,
 )
@@ -271,7 +271,7 @@ def train(
         batch=s.batch,
         device=world.device,
         clip_frames=spec.clip_frames if spec.takes_clips else None,
-        audio=make_listener(spec),
+        audio=make_audio_loader(spec),
         rank=world.rank,
         world=world.size,
     )
