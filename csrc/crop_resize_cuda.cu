@@ -33,8 +33,10 @@ struct CudaThreads {
   TilePixels pixels = {};
 };
 
+// The curves of HDR need more than the 64 registers that two blocks leave a thread.
 template <typename Out, bool Hdr>
-__global__ void __launch_bounds__(kTileThreads, 2) crop_resize_kernel(const __grid_constant__ TileLaunch launch) {
+__global__ void __launch_bounds__(kTileThreads, Hdr ? 1 : 2)
+    crop_resize_kernel(const __grid_constant__ TileLaunch launch) {
   __shared__ TileShared shared;
   CudaThreads threads;
   crop_tile<Out, Hdr>(launch, blockIdx.x, blockIdx.y, shared, threads);

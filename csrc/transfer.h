@@ -30,23 +30,29 @@ DF_HD inline float hlg_light(float v) {
   return v <= 0.5f ? v * v / 3.f : (expf((v - kC) / kA) + kB) / 12.f;
 }
 
-// RGB on the scale 0..1 of `transfer`, which is not kSdr -> RGB on the scale 0..1 of SDR, in place.
+// Display light in diffuse whites -> SDR.
+DF_HD inline float bt1886_signal(float light) {
+  return powf(light < 0.f ? 0.f : (light > 1.f ? 1.f : light), 1.f / 2.4f);
+}
+
+// RGB on the scale 0..1 of `transfer`, which is not kSdr -> RGB on the scale 0..1 of SDR, in place. Without loops: what
+// is indexed by one would not be kept in registers.
 DF_HD inline void to_sdr(Transfer transfer, float rgb[3]) {
-  float light[3];  // in diffuse whites
+  float r, g, b, gain;
   if (transfer == Transfer::kPq) {
-    for (int c = 0; c < 3; ++c) light[c] = pq_light(rgb[c]) / kDiffuseWhite;
+    r = pq_light(rgb[0]);
+    g = pq_light(rgb[1]);
+    b = pq_light(rgb[2]);
+    gain = 1.f / kDiffuseWhite;
   } else {
-    for (int c = 0; c < 3; ++c) light[c] = hlg_light(rgb[c]);
-    const float luminance = 0.2627f * light[0] + 0.6780f * light[1] + 0.0593f * light[2];
-    const float gain = powf(luminance, 0.2f) * (kHlgPeak / kDiffuseWhite);
-    for (int c = 0; c < 3; ++c) light[c] *= gain;
+    r = hlg_light(rgb[0]);
+    g = hlg_light(rgb[1]);
+    b = hlg_light(rgb[2]);
+    gain = powf(0.2627f * r + 0.6780f * g + 0.0593f * b, 0.2f) * (kHlgPeak / kDiffuseWhite);
   }
-  constexpr float kTo709[3][3] = {
-      {1.6605f, -0.5876f, -0.0728f}, {-0.1246f, 1.1329f, -0.0083f}, {-0.0182f, -0.1006f, 1.1187f}};
-  for (int c = 0; c < 3; ++c) {
-    const float v = kTo709[c][0] * light[0] + kTo709[c][1] * light[1] + kTo709[c][2] * light[2];
-    rgb[c] = powf(v < 0.f ? 0.f : (v > 1.f ? 1.f : v), 1.f / 2.4f);
-  }
+  rgb[0] = bt1886_signal(gain * (1.6605f * r - 0.5876f * g - 0.0728f * b));
+  rgb[1] = bt1886_signal(gain * (-0.1246f * r + 1.1329f * g - 0.0083f * b));
+  rgb[2] = bt1886_signal(gain * (-0.0182f * r - 0.1006f * g + 1.1187f * b));
 }
 
 }  // namespace dfengine

@@ -226,7 +226,7 @@ def test_without_a_driver_the_launch_says_so(rng):
 
 
 def test_the_kernel_compiles_without_warnings_and_spills(tmp_path):
-    """For the two that need the most registers; the build itself goes through all architectures."""
+    """For the two architectures that need the most registers; the build itself goes through all architectures."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("there is no nvcc")
@@ -241,8 +241,9 @@ def test_the_kernel_compiles_without_warnings_and_spills(tmp_path):
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(spills) == 4, report  # two dtypes, two architectures
-    assert set(spills) == {("0", "0", "0")}, report
+    assert len(spills) == 8, report  # two dtypes, with HDR and without, two architectures
+    assert {spill[1:] for spill in spills} == {("0", "0")}, report
+    assert spills.count(("0", "0", "0")) >= 4, report  # SDR's; HDR's goes over a thread's pixels in a loop
 
 
 def test_the_extension_needs_no_cuda_library():
