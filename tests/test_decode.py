@@ -106,7 +106,8 @@ def test_kept_frames_equal_a_full_decode(made: MakeClip, clip: Clip, mode: Mode)
     for policy in ("uniform:7", "every:1", "first:5", "every:13:2"):
         frames, _, warnings = decode(path, policy, mode)
         check_against_full_decode(path, full, frames)
-        assert warnings == []
+        fields = ["the pictures are interlaced; one field of each is scored"]
+        assert warnings == (fields if "interlaced" in clip.name else [])
     frames, _, _ = decode(path, "every:1", "exact")
     assert frames.index.tolist() == list(range(clip.frames))
 

@@ -58,6 +58,26 @@ def seconds(n, step=0.5):
     return np.arange(n) * step
 
 
+# -- pictures that change their size -----------------------------------------------------------------------------------
+
+
+def test_boxes_follow_the_size_of_the_picture():
+    """Some pictures are half as wide and a quarter as high; the face keeps its place in them, and is missed twice."""
+    small = Image((np.zeros((25, 50), np.uint8),), matrix="gray")
+    large = Image((np.zeros((100, 100), np.uint8),), matrix="gray")
+    images = (large, small, small, large, small)
+    whole = Faces.concatenate([make_faces([(i, 60, 60, 30)]) for i in (0, 1, 4)])
+    scale = np.array([[1, 1], [0.5, 0.25], [0.5, 0.25]], np.float32)
+    faces = dataclasses.replace(whole, xyxy=whole.xyxy * np.tile(scale, 2), landmarks=whole.landmarks * scale[:, None])
+    frames = dataclasses.replace(make_frames(seconds(5)), images=images)
+    tracks = Linker(SETTINGS).link(frames, faces)
+    rows = [i for i in range(5) if i in tracks.frame]
+    assert set(tracks.track_id.tolist()) == {0}
+    assert {0, 1, 4} <= set(rows)
+    relative = tracks.xyxy / np.array([images[row].upright_hw[::-1] * 2 for row in rows])
+    np.testing.assert_allclose(relative, [[0.6, 0.6, 0.9, 0.9]] * len(rows), atol=1e-6)
+
+
 # -- linking -----------------------------------------------------------------------------------------------------------
 
 

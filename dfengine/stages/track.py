@@ -39,7 +39,7 @@ class _Live:
         self.steady_box: F32 = self.box
         self.seen_seconds = 0.0
         self.frames_missed = 0  # since then
-        self.gap: list[int] = []  # those of them that are in the current Frames
+        self.gap: list[tuple[int, F32]] = []  # those of them that are in the current Frames, and the box there
         self._sizes: deque[F32] = deque(maxlen=_STEADY_DETECTIONS)
         self._offsets: deque[F32] = deque(maxlen=_STEADY_DETECTIONS)
 
@@ -54,6 +54,13 @@ class _Live:
         centre = middle + np.median(self._offsets, axis=0) * size
         self.steady_box = np.concatenate([centre - size / 2, centre + size / 2]).astype(np.float32)
 
+    def stretch(self, before_hw: tuple[int, int], now_hw: tuple[int, int]) -> None:
+        """The size of the picture changes, and what is in it stays: so do boxes, against the picture."""
+        scale = np.array([now_hw[1] / before_hw[1], now_hw[0] / before_hw[0]], np.float32)
+        self.box = self.box * np.tile(scale, 2)
+        self.steady_box = self.steady_box * np.tile(scale, 2)
+        self._sizes = deque((size * scale for size in self._sizes), maxlen=_STEADY_DETECTIONS)
+
 
 class Linker:
     """Links the faces of one video, one Frames after the other. Not thread-safe."""
@@ -62,6 +69,7 @@ class Linker:
         self._settings = settings
         self._live: list[_Live] = []
         self._next_id = 0
+        self._hw: tuple[int, int] | None = None  # of the picture last seen
 
     def link(self, frames: Frames, faces: Faces) -> Tracks:
         """Joins the faces of ``frames`` to the video's tracks, greedily by IoU, best pairs first.
@@ -77,10 +85,11 @@ class Linker:
         for frame in range(len(frames)):
             now = float(frames.pts_seconds[frame])
             here = np.arange(starts[frame], starts[frame + 1])
+            self._follow_size(frames.images[frame].upright_hw)
             pairs = self._match(faces.xyxy[here])
             for live, _ in pairs:
-                rows += [(live.track_id, missed, -1) for missed in live.gap]
-                boxes += [live.steady_box] * len(live.gap)
+                rows += [(live.track_id, missed, -1) for missed, _ in live.gap]
+                boxes += [box for _, box in live.gap]
             taken = {column for _, column in pairs}
             pairs += [(self._start(), column) for column in range(len(here)) if column not in taken]
             for live, column in pairs:
@@ -91,10 +100,16 @@ class Linker:
             matched = {id(live) for live, _ in pairs}
             for live in self._live:
                 if id(live) not in matched:
-                    live.gap.append(frame)
+                    live.gap.append((frame, live.steady_box))
                     live.frames_missed += 1
             self._live = [live for live in self._live if self._goes_on(live, now)]
         return _make_tracks(rows, boxes, frames, faces)
+
+    def _follow_size(self, hw: tuple[int, int]) -> None:
+        if self._hw is not None and hw != self._hw:
+            for live in self._live:
+                live.stretch(self._hw, hw)
+        self._hw = hw
 
     def _match(self, boxes: F32) -> list[tuple[_Live, int]]:
         if not self._live or len(boxes) == 0:
