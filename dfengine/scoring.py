@@ -136,9 +136,14 @@ class Scoring:
             clips = shared.backbone.clips({n: s.log_mel for n, s in sounds.items()}, only=self._plan.members)
             mode, watch = self._plan.sampling.mode, self._watch
             people = People(shared.detector, shared.bundle.tracking, mode, threads=self._threads, watch=watch)
-            logits = [self._classify(frames, rows, clips) for frames, rows in people.each(self._decode(video))]
+            logits: list[dict[str, F64]] = []
+            lying: tuple[str, ...] = ()
+            for frames, rows in people.each(self._decode(video)):
+                logits.append(self._classify(frames, rows, clips))
+                if frames.is_last and people.count == 0:
+                    lying = self._look_for_lying_faces(frames)
             without_sound = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing)
-            self._draft.warnings = (*video.warnings, *without_sound)
+            self._draft.warnings = (*video.warnings, *without_sound, *lying)
         self._judge(people, logits, clips)
 
     @contextmanager
@@ -178,6 +183,16 @@ class Scoring:
             logits = self._shared.backbone.run(len(rows), make_crops, only=self._plan.members)
             clips.add(rows, make_crops)
         return logits
+
+    def _look_for_lying_faces(self, frames: Frames) -> tuple[str, ...]:
+        """A warning where nobody stands upright, but faces are seen in turned pictures."""
+        shared = self._shared
+        with self._watch("detect"):
+            degrees = shared.detector.lying(frames.images, shared.bundle.tracking.min_confidence)
+        if degrees == 0:
+            return ()
+        how = "stand on their head" if degrees == 180 else "lie on their side"
+        return (f"there are faces that {how}; turn the video by {degrees} degrees clockwise and score it again",)
 
     def _judge(self, people: People, logits: list[dict[str, F64]], clips: Clips) -> None:
         """``logits``: of the frame members, by Frames."""

@@ -386,6 +386,18 @@ def test_a_tagged_rotation_gives_the_upright_boxes(detector, group, rotation):
     )
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_faces_that_lie_on_their_side(detector, group, degrees, mirrored):
+    coded = np.ascontiguousarray(np.rot90(group, degrees // 90))  # to be turned back, clockwise
+    lying = dataclasses.replace(Image.from_rgb(coded), mirrored=mirrored)
+    nobody = Image.from_rgb(np.full((64, 64, 3), 90, np.uint8))
+    if degrees:
+        assert detector.lying([lying] * 3, 0.9) in ((degrees,) if not mirrored else (degrees, 360 - degrees))
+        assert detector.lying([lying, nobody, nobody, nobody], 0.9) == 0, "most pictures must show one"
+    assert detector.lying([nobody], 0.9) == detector.lying([], 0.9) == 0
+
+
 def test_planes_give_the_boxes_of_rgb(detector, astronaut, group):
     for rgb in (astronaut, group):
         assert_near(detector.detect([to_yuv420(rgb)]), detector.detect([Image.from_rgb(rgb)]), "detect_yuv")

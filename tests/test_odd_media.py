@@ -420,3 +420,46 @@ def test_real_hdr(faults: Path, packaged: Engine, demo: VideoScore) -> None:
     refused = packaged.score(faults / "dolby_vision_profile5.mp4").error
     assert refused is not None
     assert refused.type == "UnsupportedVideo"
+
+
+# -- sizes that change, and faces that lie on their side ---------------------------------------------------------------
+
+
+def test_a_face_in_pictures_that_change_their_size_is_one_person(engine: Engine, tmp_path: Path) -> None:
+    parts = [
+        x264(f"{w}.h264", "keyint=12", wh=(w, h), frames=18, picture=moving_face, container="h264")
+        for w, h in ((480, 360), (240, 180))
+    ]
+    path = tmp_path / "both.h264"
+    path.write_bytes(b"".join(write_clip(part, tmp_path).read_bytes() for part in parts))
+    score = engine.score(path)
+    assert score.status == "ok", score.error
+    (track,) = score.tracks
+    sides = [frame.box[2] - frame.box[0] for frame in track.frames]
+    assert min(sides[:2]) > 1.8 * max(sides[-2:])
+
+
+@pytest.mark.parametrize("turns", [1, 2])  # the detector takes this face, turned the other way, for an upright one
+def test_faces_that_lie_on_their_side_are_said_to(engine: Engine, tmp_path: Path, turns: int) -> None:
+    def lying(i: int, w: int, h: int) -> np.ndarray:
+        return np.ascontiguousarray(np.rot90(moving_face(i, *((w, h) if turns == 2 else (h, w))), turns))
+
+    clip = x264("lying.mp4", "keyint=12", wh=(320, 240) if turns == 2 else (240, 320), frames=36, picture=lying)
+    score = engine.score(write_clip(clip, tmp_path))
+    assert score.status == "no_face"
+    how = "stand on their head" if turns == 2 else "lie on their side"
+    assert score.warnings == (
+        f"there are faces that {how}; turn the video by {90 * turns} degrees clockwise and score it again",
+    )
+
+
+def test_a_video_without_faces_has_no_such_warning(engine: Engine, made: MakeClip) -> None:
+    score = engine.score(made(NOBODY))
+    assert (score.status, score.warnings) == ("no_face", ())
+
+
+def test_real_sizes_and_sides(faults: Path, packaged: Engine) -> None:
+    assert len(packaged.score(faults / "size_changes_midway_vp8.webm").tracks) == 1
+    score = packaged.score(faults / "sideways_without_metadata.mp4")
+    assert score.status == "no_face"
+    assert "lie on their side; turn the video by 270 degrees clockwise" in score.warnings[0]

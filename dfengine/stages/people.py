@@ -70,6 +70,11 @@ class People:
                 self._parts.append(rows)
             yield frames, rows
 
+    @property
+    def count(self) -> int:
+        """How many people count: known with the last Frames."""
+        return len(self._ids)
+
     def finish(self) -> tuple[Tracks, I64]:
         """The rows of people who count, ordered by track and then by time, and the place of each among all rows that
         ``each`` gave."""
