@@ -65,13 +65,13 @@ class Baseline:
         """None if there is no face."""
         pictures, seconds, index = self._decode(path)
         frames = Frames(tuple(_RgbImage.of(p) for p in pictures), seconds, index)
-        ((_, rows),) = People(self, self._bundle.tracking, "exact", threads=self._threads).each([frames])
+        ((_, rows, image_index),) = People(self, self._bundle.tracking, "exact", threads=self._threads).each([frames])
         if len(rows) == 0:
             return None
         logits = {}
         for member in self._bundle.members:
             boxes = crop_boxes(rows.xyxy, member.crop)
-            batch = np.stack([crop_pil(pictures[f], b, member.crop) for f, b in zip(rows.frame, boxes, strict=True)])
+            batch = np.stack([crop_pil(pictures[i], b, member.crop) for i, b in zip(image_index, boxes, strict=True)])
             logits[member.name] = self._run(member, batch).astype(np.float64).reshape(-1)
         return judge(rows, logits, self._bundle)
 

@@ -55,13 +55,13 @@ def main() -> None:
             f"detect, stride {stride}", lambda stride=stride: detector.detect(frames.images, stride=stride), "frame",
             len(frames),
         )  # fmt: skip
-    ((_, rows_found),) = People(detector, default.tracking, "exact").each([frames])
+    ((_, rows_found, image_index),) = People(detector, default.tracking, "exact").each([frames])
     with tempfile.TemporaryDirectory() as temporary:
         bundles = {"default": default} | {name: make_bundle(name, Path(temporary)) for name in NETS}
         for name, bundle in bundles.items():
             member = bundle.members[0]
             size = f"{member.crop.input_hw[0]} px"
-            cut = functools.partial(crop_tracks, frames.images, rows_found, member.crop)
+            cut = functools.partial(crop_tracks, frames.images, rows_found, image_index, member.crop)
             crops = cut()
             measure(f"crop, {size}", cut, "crop", len(crops))
             session = CpuDevice().session(bundle, member.name, threads=1)

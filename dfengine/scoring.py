@@ -21,7 +21,7 @@ from dfengine.stages.decode import DecoderPool, Video, open_video
 from dfengine.stages.detect import DETECTOR_BYTES, Detector
 from dfengine.stages.people import People
 from dfengine.timing import Watch
-from dfengine.types import F64, Array, ErrorInfo, Frames, PathLikeStr, Plan, Tracks, VideoScore
+from dfengine.types import F64, I64, Array, ErrorInfo, Frames, PathLikeStr, Plan, Tracks, VideoScore
 
 log = logging.getLogger("dfengine")
 
@@ -138,8 +138,8 @@ class Scoring:
             people = People(shared.detector, shared.bundle.tracking, mode, threads=self._threads, watch=watch)
             logits: list[dict[str, F64]] = []
             lying: tuple[str, ...] = ()
-            for frames, rows in people.each(self._decode(video)):
-                logits.append(self._classify(frames, rows, clips))
+            for frames, rows, image_index in people.each(self._decode(video)):
+                logits.append(self._classify(frames, rows, image_index, clips))
                 if frames.is_last and people.count == 0:
                     lying = self._look_for_lying_faces(frames)
             without_sound = (f"member {n!r} heard nothing: {s.missing}" for n, s in sounds.items() if s.missing)
@@ -171,13 +171,16 @@ class Scoring:
     def _decode(self, video: Video) -> Iterator[Frames]:
         return self._watch.each("decode", video.frames(self._plan.sampling, memory_bytes=self._shared.memory_bytes))
 
-    def _classify(self, frames: Frames, rows: Tracks, clips: Clips) -> dict[str, F64]:
-        """The logits of the frame members, (R,) by name; the clip members take their rows into ``clips``."""
+    def _classify(self, frames: Frames, rows: Tracks, image_index: I64, clips: Clips) -> dict[str, F64]:
+        """The logits of the frame members, (R,) by name; the clip members take their rows into ``clips``.
+
+        ``image_index``: (R,), which of ``frames.images`` each row is in.
+        """
 
         def make_crops(crop: CropSpec, part: slice) -> Array:
             with self._watch("crop"):
-                dtype = self._shared.device.dtype
-                return crop_tracks(frames.images, rows[part], crop, dtype=dtype, threads=self._threads)
+                images, dtype = frames.images, self._shared.device.dtype
+                return crop_tracks(images, rows[part], image_index[part], crop, dtype=dtype, threads=self._threads)
 
         with self._watch("backbone"):
             logits = self._shared.backbone.run(len(rows), make_crops, only=self._plan.members)
@@ -205,4 +208,4 @@ class Scoring:
             columns = {name: np.concatenate([part[name] for part in logits]) for name in logits[0]} | of_clips
             by_member = {name: column[order] for name, column in columns.items()}
             self._draft.verdict = judge(rows, by_member, self._shared.bundle)
-            self._draft.frames_scored = len(np.unique(rows.index))
+            self._draft.frames_scored = len(np.unique(rows.frame_index))

@@ -120,19 +120,19 @@ class Image(_Described):
 class Frames(_Described):
     """Sampled frames of one video, in order of time.
 
-    ``index`` is the frame's place in the order of presentation, 0 for the first. ``is_last``: no more frames of
+    ``frame_index`` is the frame's place in the order of presentation, 0 for the first. ``is_last``: no more frames of
     this video follow in another Frames.
     """
 
     images: tuple[Image, ...]  # N
     pts_seconds: F64  # (N,), from the start of the video's first frame
-    index: I64  # (N,)
+    frame_index: I64  # (N,)
     is_last: bool = True
 
     def __post_init__(self) -> None:
         n = len(self.images)
         _check(self.pts_seconds, "pts_seconds", np.float64, (n,))
-        _check(self.index, "index", np.int64, (n,))
+        _check(self.frame_index, "frame_index", np.int64, (n,))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -140,25 +140,25 @@ class Frames(_Described):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Faces(_Described):
-    """Faces found in Frames. ``frame`` is the row of the frame in that Frames."""
+    """Faces found in some images, such as those of a Frames."""
 
-    frame: I64  # (F,), ascending
+    image_index: I64  # (F,), which image each is in, ascending
     xyxy: F32  # (F, 4)
     landmarks: F32  # (F, 5, 2), xy
     confidence: F32  # (F,)
 
     def __post_init__(self) -> None:
-        n = len(self.frame)
-        _check(self.frame, "frame", np.int64, (n,))
+        n = len(self.image_index)
+        _check(self.image_index, "image_index", np.int64, (n,))
         _check(self.xyxy, "xyxy", np.float32, (n, 4))
         _check(self.landmarks, "landmarks", np.float32, (n, LANDMARKS, 2))
         _check(self.confidence, "confidence", np.float32, (n,))
 
     def __len__(self) -> int:
-        return len(self.frame)
+        return len(self.image_index)
 
     def __getitem__(self, rows: Any) -> Faces:
-        return Faces(self.frame[rows], self.xyxy[rows], self.landmarks[rows], self.confidence[rows])
+        return Faces(self.image_index[rows], self.xyxy[rows], self.landmarks[rows], self.confidence[rows])
 
     @classmethod
     def empty(cls) -> Faces:
@@ -184,8 +184,7 @@ class Tracks(_Described):
     """
 
     track_id: I64  # (R,)
-    frame: I64  # (R,), row of the frame in its Frames
-    index: I64  # (R,), the frame's place in the order of presentation
+    frame_index: I64  # (R,), the frame's place in the order of presentation
     pts_seconds: F64  # (R,)
     xyxy: F32  # (R, 4)
     landmarks: F32  # (R, 5, 2)
@@ -194,7 +193,7 @@ class Tracks(_Described):
 
     def __post_init__(self) -> None:
         n = len(self.track_id)
-        for name in ("track_id", "frame", "index"):
+        for name in ("track_id", "frame_index"):
             _check(getattr(self, name), name, np.int64, (n,))
         _check(self.pts_seconds, "pts_seconds", np.float64, (n,))
         _check(self.xyxy, "xyxy", np.float32, (n, 4))

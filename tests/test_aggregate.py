@@ -39,7 +39,6 @@ def make_tracks(ids, sides=None, detected=None):
     xyxy = np.array([(10, 20, 10 + s, 20 + s / 2) for s in sides], np.float32).reshape(-1, 4)
     return Tracks(
         np.array(ids, np.int64),
-        np.arange(n, dtype=np.int64),
         np.arange(n, dtype=np.int64) * 10,
         np.arange(n, dtype=np.float64) / 2,
         xyxy,

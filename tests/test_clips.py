@@ -104,7 +104,7 @@ def make_tracks(lengths: dict[int, int]) -> Tracks:
     steps = np.concatenate([np.arange(k) for k in lengths.values()]).astype(np.int64)
     boxes = np.tile(np.float32([0, 0, 9, 9]), (n, 1))
     return Tracks(
-        ids, steps, steps, steps * 0.5, boxes, np.zeros((n, 5, 2), np.float32), np.ones(n, np.float32), np.ones(n, bool)
+        ids, steps, steps * 0.5, boxes, np.zeros((n, 5, 2), np.float32), np.ones(n, np.float32), np.ones(n, bool)
     )
 
 
@@ -138,7 +138,7 @@ def test_a_video_in_any_number_of_parts(tmp_path: Path, rng: np.random.Generator
     clips = backbone.clips({})
     order = []
     for low, high in zip([0, *cuts], [*cuts, 99], strict=True):
-        rows = np.flatnonzero((tracks.frame >= low) & (tracks.frame < high))
+        rows = np.flatnonzero((tracks.frame_index >= low) & (tracks.frame_index < high))
         clips.add(tracks[rows], Cutter(pictures[rows]))
         order.append(rows)
     logits = clips.finish()

@@ -24,11 +24,10 @@ def images(rng):
 
 
 def make_tracks(rows):
-    """rows: (track_id, frame, index, box)"""
+    """rows: (track_id, image, frame_index, box) -> Tracks, and the image of each row"""
     n = len(rows)
-    return Tracks(
+    tracks = Tracks(
         np.array([r[0] for r in rows], np.int64),
-        np.array([r[1] for r in rows], np.int64),
         np.array([r[2] for r in rows], np.int64),
         np.arange(n, dtype=np.float64),
         np.array([r[3] for r in rows], np.float32).reshape(-1, 4),
@@ -36,6 +35,7 @@ def make_tracks(rows):
         np.ones(n, np.float32),
         np.ones(n, np.bool_),
     )
+    return tracks, np.array([r[1] for r in rows], np.int64)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +100,17 @@ def test_crop_faces_of_nothing(images):
 
 def test_crop_tracks_goes_by_the_row_of_the_frame(images):
     rows = [(0, 0, 12, (5, 6, 25, 31)), (0, 1, 24, (2, 3, 12, 30)), (7, 0, 12, (30, 10, 50, 30))]
-    tracks = make_tracks(rows)
-    want = crop_faces(images, tracks.xyxy, np.array([0, 1, 0]), SPEC)  # by the row of the frame, not its index
-    np.testing.assert_array_equal(crop_tracks(images, tracks, SPEC), want)
+    tracks, image_index = make_tracks(rows)
+    want = crop_faces(images, tracks.xyxy, np.array([0, 1, 0]), SPEC)  # by the image, not by the place of the frame
+    np.testing.assert_array_equal(crop_tracks(images, tracks, image_index, SPEC), want)
 
 
 def test_crop_tracks_of_a_part_equals_the_part_of_all(images):
     rows = [(i, i % 2, i, (i, i, 10 + 2 * i, 15 + i)) for i in range(5)]
-    tracks = make_tracks(rows)
-    whole = crop_tracks(images, tracks, SPEC, threads=2)
+    tracks, image_index = make_tracks(rows)
+    whole = crop_tracks(images, tracks, image_index, SPEC, threads=2)
     for part in (slice(0, 0), slice(1, 2), slice(2, 5)):
-        np.testing.assert_array_equal(crop_tracks(images, tracks[part], SPEC), whole[part])
+        np.testing.assert_array_equal(crop_tracks(images, tracks[part], image_index[part], SPEC), whole[part])
 
 
 def test_a_box_without_area_is_an_error(images):

@@ -66,7 +66,7 @@ def decode(
     joined = Frames(
         tuple(image for p in parts for image in p.images),
         np.concatenate([p.pts_seconds for p in parts]),
-        np.concatenate([p.index for p in parts]),
+        np.concatenate([p.frame_index for p in parts]),
     )
     return joined, video.frames_decoded, video.warnings
 
@@ -82,14 +82,14 @@ def check_against_full_decode(path: Path, full: list[Decoded], frames: Frames) -
     assert len(frames) > 0
     times = packet_times(path)
     assert np.all(np.diff(frames.pts_seconds) > 0)
-    assert np.all(np.diff(frames.index) > 0)
+    assert np.all(np.diff(frames.frame_index) > 0)
     # AVI has no presentation times either: FFmpeg makes them up from the order of decoding.
     if path.suffix == ".avi" or np.isnan(times).any() or any(f.time is None for f in full):
-        for image, index in zip(frames.images, frames.index, strict=True):
+        for image, index in zip(frames.images, frames.frame_index, strict=True):
             assert same(image, full[index].planes), f"frame {index} differs"
         return
     by_time = {round(f.time, 5): f.planes for f in full if f.time is not None}
-    for image, pts, index in zip(frames.images, frames.pts_seconds, frames.index, strict=True):
+    for image, pts, index in zip(frames.images, frames.pts_seconds, frames.frame_index, strict=True):
         assert times[index] - times[0] == pytest.approx(pts, abs=1e-6)
         assert same(image, by_time[round(pts + times[0], 5)]), f"frame {index} at {pts} s differs"
 
@@ -109,20 +109,20 @@ def test_kept_frames_equal_a_full_decode(made: MakeClip, clip: Clip, mode: Mode)
         fields = ["the pictures are interlaced; one field of each is scored"]
         assert warnings == (fields if "interlaced" in clip.name else [])
     frames, _, _ = decode(path, "every:1", "exact")
-    assert frames.index.tolist() == list(range(clip.frames))
+    assert frames.frame_index.tolist() == list(range(clip.frames))
 
 
 @pytest.mark.parametrize("clip", [c for c in CLIPS if c.pts_ms is None], ids=str)
 def test_uniform_keeps_evenly_spaced_frames(made: MakeClip, clip: Clip) -> None:
     ideal = np.linspace(0, clip.frames - 1, 7)
     frames, _, _ = decode(made(clip), "uniform:7", "exact")
-    assert np.abs(np.linspace(frames.index[0], frames.index[-1], 7) - ideal).max() == 0
+    assert np.abs(np.linspace(frames.frame_index[0], frames.frame_index[-1], 7) - ideal).max() == 0
     # Half-way places may go either way, and clocks of 1 ms move a place by a fraction of a frame.
-    assert all(np.abs(ideal - i).min() <= 0.6 for i in frames.index)
+    assert all(np.abs(ideal - i).min() <= 0.6 for i in frames.frame_index)
     assert len(frames) == min(7, clip.frames)
 
     frames, _, _ = decode(made(clip), "uniform:7", "reference")
-    assert all(np.abs(ideal - i).min() <= MAX_SNAP_FRAMES for i in frames.index)
+    assert all(np.abs(ideal - i).min() <= MAX_SNAP_FRAMES for i in frames.frame_index)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_rests_of_groups_are_left_out(made: MakeClip, mode: Mode, threads: int) 
 
 def test_keyframe_mode_gathers_frames_behind_key_frames(made: MakeClip) -> None:
     frames, decoded, _ = decode(made(TWO_KEYS), "uniform:12", "keyframe")
-    first, second = frames.index[frames.index < 90], frames.index[frames.index >= 90]
+    first, second = frames.frame_index[frames.frame_index < 90], frames.frame_index[frames.frame_index >= 90]
     assert (first[0], second[0]) == (0, 90)
     assert len(frames) == 12
     assert np.abs(first - KEYFRAME_STEP_FRAMES * np.arange(len(first))).max() <= 1, "B-pictures at most one away"
@@ -219,7 +219,7 @@ def test_threads_do_not_change_frames(made: MakeClip, mode: Mode) -> None:
     for clip in (B_PYRAMID, H264_OPEN_GOP, HEVC_OPEN_GOP, AVI_NO_PTS):
         one, _, _ = decode(made(clip), "uniform:6", mode, threads=1)
         two, _, _ = decode(made(clip), "uniform:6", mode, threads=2)
-        assert one.index.tolist() == two.index.tolist()
+        assert one.frame_index.tolist() == two.frame_index.tolist()
         assert one.pts_seconds.tolist() == two.pts_seconds.tolist()
         assert all(same(a, b.components) for a, b in zip(one.images, two.images, strict=True))
 
@@ -239,7 +239,7 @@ def test_memory_limit_splits_frames_and_changes_nothing_else(made: MakeClip, mem
     whole, _, _ = decode(path, "uniform:10")
     split, _, _ = decode(path, "uniform:10", memory_bytes=limit)
     assert whole.pts_seconds.tolist() == split.pts_seconds.tolist()
-    assert whole.index.tolist() == split.index.tolist()
+    assert whole.frame_index.tolist() == split.frame_index.tolist()
     assert all(same(a, b.components) for a, b in zip(whole.images, split.images, strict=True))
 
 
@@ -255,7 +255,7 @@ def test_frames_stay_valid_after_close(made: MakeClip) -> None:
 def test_a_consumer_may_stop_early(made: MakeClip) -> None:
     with open_video(made(H264_KEYS)) as video:
         parts = video.frames(Sampling.parse("every:1", "exact"), memory_bytes=0)
-        assert next(parts).index.tolist() == [0]
+        assert next(parts).frame_index.tolist() == [0]
         parts.close()
 
 
@@ -267,7 +267,7 @@ def test_one_frame(made: MakeClip) -> None:
     for policy in ("uniform:17", "uniform:1", "every:6", "first:60"):
         for mode in MODES:
             frames, decoded, warnings = decode(path, policy, mode)
-            assert (frames.pts_seconds.tolist(), frames.index.tolist(), decoded, warnings) == ([0.0], [0], 1, [])
+            assert (frames.pts_seconds.tolist(), frames.frame_index.tolist(), decoded, warnings) == ([0.0], [0], 1, [])
 
 
 def test_variable_rate_is_sampled_by_time(made: MakeClip) -> None:
@@ -275,9 +275,11 @@ def test_variable_rate_is_sampled_by_time(made: MakeClip) -> None:
     assert clip.pts_ms is not None
     seconds = np.array([clip.pts_ms(i) for i in range(clip.frames)]) / 1000
     frames, _, _ = decode(made(clip), "uniform:6")
-    assert frames.index.tolist() == nearest(seconds, np.linspace(0, seconds[-1], 6)).tolist()
-    assert frames.pts_seconds == pytest.approx(seconds[frames.index], abs=1e-3)
-    assert np.diff(frames.index)[0] > 2 * np.diff(frames.index)[-1], "the dense part gives more frames apart"
+    assert frames.frame_index.tolist() == nearest(seconds, np.linspace(0, seconds[-1], 6)).tolist()
+    assert frames.pts_seconds == pytest.approx(seconds[frames.frame_index], abs=1e-3)
+    assert np.diff(frames.frame_index)[0] > 2 * np.diff(frames.frame_index)[-1], (
+        "the dense part gives more frames apart"
+    )
 
 
 def test_seconds_count_from_the_first_frame(made: MakeClip) -> None:
@@ -285,8 +287,8 @@ def test_seconds_count_from_the_first_frame(made: MakeClip) -> None:
     path = made(clip)
     assert packet_times(path)[0] == pytest.approx(7.0)
     frames, _, _ = decode(path, "every:10")
-    assert frames.index.tolist() == [0, 10, 20, 30]
-    assert frames.pts_seconds == pytest.approx(frames.index / 25, abs=1e-3)
+    assert frames.frame_index.tolist() == [0, 10, 20, 30]
+    assert frames.pts_seconds == pytest.approx(frames.frame_index / 25, abs=1e-3)
 
 
 @pytest.mark.parametrize("factor", [1.02, 1.4, 0.5])
@@ -294,7 +296,7 @@ def test_a_wrong_stated_duration_moves_no_frame(made: MakeClip, tmp_path: Path, 
     path = tmp_path / "overstated.mp4"
     path.write_bytes(stated_durations(made(H264_KEYS).read_bytes(), factor))
     frames, _, _ = decode(path, "every:1")
-    assert frames.index.tolist() == list(range(H264_KEYS.frames))
+    assert frames.frame_index.tolist() == list(range(H264_KEYS.frames))
     frames, _, warnings = decode(path, "uniform:5")
     check_against_full_decode(path, decode_plainly(path), frames)
     assert len(frames) >= 3
@@ -340,7 +342,7 @@ def test_joined_files_are_seen_to_the_end(made: MakeClip, tmp_path: Path, shifts
     frames, decoded, warnings = decode(path, "uniform:9", mode)
     count = B_PYRAMID.frames + TWO_KEYS.frames
     assert decoded == count
-    assert frames.index.tolist() == np.linspace(0, count - 1, 9).round().astype(int).tolist()
+    assert frames.frame_index.tolist() == np.linspace(0, count - 1, 9).round().astype(int).tolist()
     assert warnings == ["the clock goes back in the middle, as in joined files; frames are counted instead"]
 
 
@@ -349,7 +351,7 @@ def test_a_clock_that_jumps_hides_nothing(made: MakeClip, tmp_path: Path) -> Non
     path = tmp_path / "gap.ts"
     path.write_bytes(b"".join(parts))
     frames, _, warnings = decode(path, "uniform:9")
-    assert frames.index.tolist() == [0, 10, 20, 30, 40, 49, 59, 69, 79]
+    assert frames.frame_index.tolist() == [0, 10, 20, 30, 40, 49, 59, 69, 79]
     assert warnings == ["there is no frame for 4998 s"]
 
 
@@ -380,8 +382,8 @@ def test_gray_with_alpha_is_gray(tmp_path: Path) -> None:
 
 def test_avi_counts_frames_where_packets_state_no_time(made: MakeClip) -> None:
     frames, _, _ = decode(made(AVI_NO_PTS), "every:9", "reference")
-    assert frames.index.tolist() == [0, 9, 18, 27, 36]
-    assert frames.pts_seconds == pytest.approx(frames.index / 25, abs=1e-3)
+    assert frames.frame_index.tolist() == [0, 9, 18, 27, 36]
+    assert frames.pts_seconds == pytest.approx(frames.frame_index / 25, abs=1e-3)
 
 
 # -- what an Image says about itself -----------------------------------------------------------------------------------
@@ -523,7 +525,7 @@ def test_a_cut_behind_the_middle_is_scored_with_a_warning(made: MakeClip, tmp_pa
     assert any(w.endswith("of 10 wanted frames could be decoded") for w in warnings)
     # The times are those of the whole file: what is there is where it would be.
     whole, _, _ = decode(made(DAMAGED[0]), "uniform:10", "exact")
-    assert np.abs(frames.index - whole.index[: len(frames)]).max() <= 1
+    assert np.abs(frames.frame_index - whole.frame_index[: len(frames)]).max() <= 1
 
 
 def test_a_cut_before_the_middle_is_refused(made: MakeClip, tmp_path: Path) -> None:
@@ -620,11 +622,11 @@ def test_old_444_streams_are_not_green(data_dir: Path, name: str, threads: int) 
     with open_video(path, threads=threads) as video:
         (frames,) = video.frames(Sampling.parse("uniform:1", "reference"))
     (image,) = frames.images
-    assert frames.index[0] > 50, "the frame must lie far behind the first packet"
+    assert frames.frame_index[0] > 50, "the frame must lie far behind the first packet"
     assert all(float(c.std()) > 2 for c in image.components), "a green frame has constant chroma"
     with open_video(path) as video:
-        every = next(iter(video.frames(Sampling.parse(f"every:{frames.index[0]}:2", "exact"))))
-    assert same(image, every.images[-1].components) or every.index[-1] != frames.index[0]
+        every = next(iter(video.frames(Sampling.parse(f"every:{frames.frame_index[0]}:2", "exact"))))
+    assert same(image, every.images[-1].components) or every.frame_index[-1] != frames.frame_index[0]
 
 
 def test_edit_list_that_hides_the_first_key_frame(data_dir: Path) -> None:

@@ -55,7 +55,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def assert_equal(got: Faces, want: Faces) -> None:
-    for name in ("frame", "xyxy", "landmarks", "confidence"):
+    for name in ("image_index", "xyxy", "landmarks", "confidence"):
         np.testing.assert_allclose(
             getattr(got, name), getattr(want, name), rtol=0, atol=TOLERANCE["detect_batch", "float32"], err_msg=name
         )
@@ -64,7 +64,7 @@ def assert_equal(got: Faces, want: Faces) -> None:
 def assert_near(got: Faces, want: Faces, op: str) -> None:
     """The same faces: boxes by IoU, landmarks within a share of the face's width."""
     assert len(got) == len(want) > 0
-    assert got.frame.tolist() == want.frame.tolist()
+    assert got.image_index.tolist() == want.image_index.tolist()
     width = (want.xyxy[:, 2] - want.xyxy[:, 0])[:, None, None]
     assert np.diag(iou(got.xyxy, want.xyxy)).min() >= 1 - TOLERANCE[op, "1 - iou"]
     assert (np.abs(got.landmarks - want.landmarks) / width).max() <= TOLERANCE[op, "face width"]
@@ -148,7 +148,9 @@ def test_an_overlap_that_equals_the_minimum_makes_one_face_of_two(detector, astr
 def test_frames_between_share_a_size(detector, astronaut, group) -> None:
     pictures = [p for pair in zip(walk(astronaut, 5), [group] * 5, strict=True) for p in pair]
     images = [Image.from_rgb(p) for p in pictures]
-    by_place = [f[np.lexsort((f.xyxy[:, 0], f.frame))] for f in (detector.detect(images, stride=s) for s in (4, 1))]
+    by_place = [
+        f[np.lexsort((f.xyxy[:, 0], f.image_index))] for f in (detector.detect(images, stride=s) for s in (4, 1))
+    ]
     assert_near(*by_place, "detect_between")
 
 
@@ -264,7 +266,7 @@ def test_as_facenet_on_portraits(detector, facenet, data_dir):
 def test_the_astronaut(detector, astronaut):
     faces = detector.detect([Image.from_rgb(astronaut)])
     assert len(faces) == 1
-    assert faces.frame.tolist() == [0]
+    assert faces.image_index.tolist() == [0]
     assert faces.confidence[0] > 0.99
     (x1, y1, x2, y2), points = faces.xyxy[0], faces.landmarks[0]
     assert iou(faces.xyxy, np.float32([[178, 63, 273, 186]]))[0, 0] > 0.8  # drawn by hand
@@ -279,9 +281,9 @@ def test_the_astronaut(detector, astronaut):
 def test_faces_are_sorted_by_frame_then_confidence(detector, astronaut, group, rng):
     noise = rng.integers(0, 256, (360, 640, 3), dtype=np.uint8)
     faces = detector.detect([Image.from_rgb(p) for p in (group, noise, astronaut, group)])
-    assert faces.frame.tolist() == [0, 0, 2, 3, 3]
+    assert faces.image_index.tolist() == [0, 0, 2, 3, 3]
     for i in range(4):
-        assert (np.diff(faces.confidence[faces.frame == i]) <= 0).all()
+        assert (np.diff(faces.confidence[faces.image_index == i]) <= 0).all()
 
 
 def test_small_faces_are_not_looked_for(group):
@@ -313,7 +315,7 @@ def test_tiny_frames_beside_a_real_one(detector, astronaut):
     tiny = Image.from_rgb(astronaut[:8, :8])
     faces = detector.detect([tiny, Image.from_rgb(astronaut), tiny])
     want = detector.detect([Image.from_rgb(astronaut)])
-    assert faces.frame.tolist() == [1]
+    assert faces.image_index.tolist() == [1]
     np.testing.assert_array_equal(faces.xyxy, want.xyxy)
 
 
@@ -348,16 +350,18 @@ def mixed(astronaut, group):
 def test_companions_change_nothing(detector, mixed, rng):
     together = detector.detect(mixed)
     alone = [detector.detect([image]) for image in mixed]
-    assert [len(f) for f in alone] == [int((together.frame == i).sum()) for i in range(len(mixed))]
+    assert [len(f) for f in alone] == [int((together.image_index == i).sum()) for i in range(len(mixed))]
     for i, faces in enumerate(alone):
-        mine = together[together.frame == i]
-        assert_equal(dataclasses.replace(mine, frame=np.zeros(len(mine), np.int64)), faces)
+        mine = together[together.image_index == i]
+        assert_equal(dataclasses.replace(mine, image_index=np.zeros(len(mine), np.int64)), faces)
     for _ in range(3):
         order = rng.permutation(len(mixed))
         shuffled = detector.detect([mixed[i] for i in order])
         for new, old in enumerate(order):
-            mine = shuffled[shuffled.frame == new]
-            assert_equal(dataclasses.replace(mine, frame=np.full(len(mine), old)), together[together.frame == old])
+            mine = shuffled[shuffled.image_index == new]
+            assert_equal(
+                dataclasses.replace(mine, image_index=np.full(len(mine), old)), together[together.image_index == old]
+            )
 
 
 def test_more_frames_than_a_batch(detector, group):
@@ -365,9 +369,9 @@ def test_more_frames_than_a_batch(detector, group):
     images = [Image.from_rgb(np.roll(small, i, axis=1)) for i in range(BATCH_FRAMES + 2)]
     together = detector.detect(images)
     for i in (0, BATCH_FRAMES - 1, BATCH_FRAMES, BATCH_FRAMES + 1):
-        mine = together[together.frame == i]
-        assert_equal(dataclasses.replace(mine, frame=np.zeros(len(mine), np.int64)), detector.detect([images[i]]))
-    assert np.unique(together.frame).tolist() == list(range(len(images)))
+        mine = together[together.image_index == i]
+        assert_equal(dataclasses.replace(mine, image_index=np.zeros(len(mine), np.int64)), detector.detect([images[i]]))
+    assert np.unique(together.image_index).tolist() == list(range(len(images)))
 
 
 def test_threads_change_nothing(mixed):

@@ -91,7 +91,7 @@ def test_training_crops_as_the_engine_crops_from_the_frame(table: FaceTable) -> 
     rows = table.rows_by_video()["two.mp4"]
     with open_video(table.source / "two.mp4") as video:
         (frames,) = video.frames(Sampling(FEW.sampling))
-    of_frame = np.searchsorted(frames.index, table.index[rows])
+    of_frame = np.searchsorted(frames.frame_index, table.frame_index[rows])
     wanted = crop_faces(frames.images, table.box[rows], of_frame, spec)
     stored = [Image.from_rgb(table.read_crop(row)) for row in rows]
     boxes = np.stack([table.in_crop(row, table.box[row].reshape(2, 2)).reshape(4) for row in rows])

@@ -257,4 +257,5 @@ def test_frames_that_end_with_none(bundle: Path) -> None:
     frames = Frames((), np.zeros(0), np.zeros(0, np.int64))
     with Engine(bundle, device="cpu") as engine:
         faces = engine._shared.detector.detect(frames.images)
-        assert len(Linker(engine.bundle.tracking).link(frames, faces)) == 0
+        rows, image_index = Linker(engine.bundle.tracking).link(frames, faces)
+        assert len(rows) == len(image_index) == 0

@@ -94,7 +94,7 @@ class Decoded:
         self.parts = parts
         self.images = [image for part in parts for image in part.images]
         self.seconds = [s for part in parts for s in part.pts_seconds.tolist()]
-        self.index = [i for part in parts for i in part.index.tolist()]
+        self.index = [i for part in parts for i in part.frame_index.tolist()]
         self.count, self.name = video.frames_decoded, video.name
         self.warnings, self.fallback_reason = video.warnings, video.fallback_reason
 
@@ -600,7 +600,7 @@ def test_a_video_that_is_left_early_gives_its_decoder_back(made: MakeClip) -> No
     rig, path = Rig(size=1), made(H264_KEYS)
     with open_video(path, lane=rig.lane, pool=rig.pool) as video:
         parts = video.frames(Sampling.parse("every:1", "exact"), memory_bytes=0)
-        assert next(parts).index.tolist() == [0]
+        assert next(parts).frame_index.tolist() == [0]
         parts.close()
     with open_video(path, lane=rig.lane, pool=rig.pool) as video:
         next(video.frames(Sampling.parse("every:1", "exact"), memory_bytes=0))  # closed by leaving the block

@@ -63,8 +63,8 @@ def test_who_counts_does_not_depend_on_the_chunks(sizes: list[int]) -> None:
     given = list(people.each(chunks(sizes)))
     rows, order = people.finish()
     assert rows.track_id.tolist() == [0, 0, 0, 0, 1, 1, 1, 1], "ordered by track, without who passed"
-    assert rows.index.tolist() == [0, 15, 30, 45] * 2
-    together = np.concatenate([part.pts_seconds for _, part in given])
+    assert rows.frame_index.tolist() == [0, 15, 30, 45] * 2
+    together = np.concatenate([part.pts_seconds for _, part, _ in given])
     np.testing.assert_array_equal(together[order], rows.pts_seconds)
     assert len(together) == 8 + (1 if sizes != [4] else 0), "in the last Frames nobody is given who does not count"
 
@@ -78,7 +78,7 @@ def test_the_mode_says_which_frames_are_searched(mode: Mode, stride: int) -> Non
 
 def test_nobody() -> None:
     people = People(Told([[], []]), SETTINGS, "exact")
-    ((_, rows),) = people.each(chunks([2]))
+    ((_, rows, _),) = people.each(chunks([2]))
     assert len(rows) == 0
     rows, order = people.finish()
     assert (len(rows), len(order)) == (0, 0)

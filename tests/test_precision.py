@@ -164,8 +164,8 @@ def test_the_detector_finds_the_same_faces(astronaut: np.ndarray) -> None:
     pictures = [astronaut, astronaut[::2, ::2], astronaut[:320, 60:400], astronaut[:, ::-1]]
     images = [Image.from_rgb(np.ascontiguousarray(p)) for p in pictures]
     a, b = full.detect(images), half.detect(images)
-    assert np.array_equal(a.frame, b.frame)
-    assert len(a.frame) >= len(images)
+    assert np.array_equal(a.image_index, b.image_index)
+    assert len(a.image_index) >= len(images)
     width = (a.xyxy[:, 2] - a.xyxy[:, 0])[:, None]
     assert np.abs(a.xyxy - b.xyxy).max(initial=0) <= (0.02 * width).max()
     assert (np.abs(a.landmarks - b.landmarks) <= 0.02 * width[..., None]).all()

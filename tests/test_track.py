@@ -41,14 +41,14 @@ def make_faces(rows):
 
 
 def link(seconds, rows, **settings) -> Tracks:
-    return Linker(dataclasses.replace(SETTINGS, **settings)).link(make_frames(seconds), make_faces(rows))
+    return Linker(dataclasses.replace(SETTINGS, **settings)).link(make_frames(seconds), make_faces(rows))[0]
 
 
 def by_track(tracks):
-    """{track: [(frame, detected)]}"""
+    """{track: [(frame, detected)]}, where every third frame is sampled."""
     ids = np.unique(tracks.track_id)
     return {
-        int(i): list(zip(tracks.frame[rows].tolist(), tracks.detected[rows].tolist(), strict=True))
+        int(i): list(zip((tracks.frame_index[rows] // 3).tolist(), tracks.detected[rows].tolist(), strict=True))
         for i in ids
         for rows in [tracks.track_id == i]
     }
@@ -70,8 +70,8 @@ def test_boxes_follow_the_size_of_the_picture():
     scale = np.array([[1, 1], [0.5, 0.25], [0.5, 0.25]], np.float32)
     faces = dataclasses.replace(whole, xyxy=whole.xyxy * np.tile(scale, 2), landmarks=whole.landmarks * scale[:, None])
     frames = dataclasses.replace(make_frames(seconds(5)), images=images)
-    tracks = Linker(SETTINGS).link(frames, faces)
-    rows = [i for i in range(5) if i in tracks.frame]
+    tracks, image_index = Linker(SETTINGS).link(frames, faces)
+    rows = [i for i in range(5) if i in image_index]
     assert set(tracks.track_id.tolist()) == {0}
     assert {0, 1, 4} <= set(rows)
     relative = tracks.xyxy / np.array([images[row].upright_hw[::-1] * 2 for row in rows])
@@ -95,7 +95,7 @@ def test_columns_of_a_track():
     rows = [(0, 10, 10, 50, 0.9), (1, 12, 11, 50, 0.8)]
     tracks, faces = link([0.0, 0.5], rows), make_faces(rows)
     assert tracks.track_id.tolist() == [0, 0]
-    assert tracks.index.tolist() == [0, 3]
+    assert tracks.frame_index.tolist() == [0, 3]
     assert tracks.pts_seconds.tolist() == [0.0, 0.5]
     np.testing.assert_array_equal(tracks.xyxy, faces.xyxy)
     np.testing.assert_array_equal(tracks.landmarks, faces.landmarks)
@@ -139,7 +139,7 @@ def test_a_gap_is_filled_with_the_box_seen_before(gap):
     np.testing.assert_array_equal(filled.xyxy, np.tile(tracks.xyxy[:1], (gap, 1)))
     assert np.isnan(filled.landmarks).all()
     assert (filled.confidence == 0).all()
-    assert filled.index.tolist() == [3 * t for t in range(1, gap + 1)]
+    assert filled.frame_index.tolist() == [3 * t for t in range(1, gap + 1)]
     assert not np.isnan(tracks.landmarks[tracks.detected]).any()
 
 
@@ -181,14 +181,13 @@ def chunks(times, rows, borders, **settings):
     edges = [0, *borders, len(times)]
     for a, b in itertools.pairwise(edges):
         frames = make_frames(times[a:b], a, is_last=b == len(times))
-        parts.append(linker.link(frames, make_faces([(r[0] - a, *r[1:]) for r in rows if a <= r[0] < b])))
+        parts.append(linker.link(frames, make_faces([(r[0] - a, *r[1:]) for r in rows if a <= r[0] < b]))[0])
     tracks = Tracks.concatenate(parts)
     return tracks[np.lexsort((tracks.pts_seconds, tracks.track_id))]
 
 
 def assert_same(a, b):
-    """Equal but for `frame`, which counts from the start of each part."""
-    for name in ("track_id", "index", "pts_seconds", "xyxy", "landmarks", "confidence", "detected"):
+    for name in ("track_id", "frame_index", "pts_seconds", "xyxy", "landmarks", "confidence", "detected"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -207,7 +206,7 @@ def test_a_gap_over_a_border_is_one_person_with_less_filled(border):
     assert_same(parts[parts.detected], whole[whole.detected])
     # Only frames that lie in the same part as the detection behind them can be filled.
     lost = {t for t in (2, 3) if t < border <= 4} | ({6} if border == 7 else set())
-    assert parts[~parts.detected].index.tolist() == [3 * t for t in (2, 3, 6) if t not in lost]
+    assert parts[~parts.detected].frame_index.tolist() == [3 * t for t in (2, 3, 6) if t not in lost]
 
 
 @pytest.mark.parametrize("step", [0.5, 60.0])
@@ -231,8 +230,8 @@ def test_an_empty_part():
 
 def test_a_linker_serves_one_video_and_ids_go_on():
     linker = Linker(SETTINGS)
-    first = linker.link(make_frames([0.0]), make_faces([(0, 0, 0, 50)]))
-    second = linker.link(make_frames([0.5]), make_faces([(0, 500, 0, 50)]))
+    first, _ = linker.link(make_frames([0.0]), make_faces([(0, 0, 0, 50)]))
+    second, _ = linker.link(make_frames([0.5]), make_faces([(0, 500, 0, 50)]))
     assert (first.track_id.tolist(), second.track_id.tolist()) == ([0], [1])
 
 
@@ -245,13 +244,13 @@ def test_random_faces_keep_the_rules(rng):
     ]
     tracks, faces = link(seconds(n, 0.3), rows), make_faces(rows)
     assert tracks.detected.sum() == len(faces)  # every face is in exactly one track
-    keys = list(zip(tracks.track_id.tolist(), tracks.frame.tolist(), strict=True))
+    keys = list(zip(tracks.track_id.tolist(), tracks.frame_index.tolist(), strict=True))
     assert len(set(keys)) == len(keys)  # at most once a frame
     assert keys == sorted(keys)  # by track, then by time
     for i in np.unique(tracks.track_id):
         mine = tracks[tracks.track_id == i]
         assert mine.detected[[0, -1]].all()
-        assert (np.diff(mine.frame) == 1).all()  # no holes
+        assert (np.diff(mine.frame_index) == 3).all()  # no holes
     # Boxes are steadied, landmarks are as detected.
     seen = {tuple(points) for points in tracks.landmarks[tracks.detected].reshape(-1, 10).tolist()}
     assert seen == {tuple(points) for points in faces.landmarks.reshape(-1, 10).tolist()}
@@ -275,12 +274,12 @@ def choose(n, *people, settings=None):
     """The numbers, in the order given, of the people that count."""
     settings = settings or SETTINGS
     rows = [row for person in people for row in person]
-    tracks = Linker(settings).link(make_frames(seconds(n)), make_faces(rows))
+    tracks, _ = Linker(settings).link(make_frames(seconds(n)), make_faces(rows))
     starts = []  # each person's track, by the box of its first row
     for person in people:
         x, y, side = person[0][1:4]
         here = np.isclose(tracks.xyxy, np.float32([x, y, x + side, y + side]), atol=1e-2).all(axis=1)
-        match = here & (tracks.frame == person[0][0])
+        match = here & (tracks.frame_index == 3 * person[0][0])
         starts.append(int(tracks.track_id[match][0]))
     ids = select(tracks, n, settings)
     assert ids.dtype == np.int64
@@ -399,7 +398,7 @@ def test_boxes_are_steadied_by_the_landmarks():
     landmarks = true[:, None, :2] + POINTS * np.float32([100, 120])
     frames = make_frames(np.arange(17) / 2)
     faces = Faces(np.arange(17), seen, landmarks.astype(np.float32), np.ones(17, np.float32))
-    rows = Linker(SETTINGS).link(frames, faces)
+    rows, _ = Linker(SETTINGS).link(frames, faces)
     np.testing.assert_allclose(rows.xyxy, true, atol=1e-3)
 
 
@@ -407,7 +406,7 @@ def test_steady_boxes_follow_a_face_that_grows():
     scale = np.linspace(1, 2, 17, dtype=np.float32)[:, None]
     boxes = np.concatenate([300 - 50 * scale, 300 - 60 * scale, 300 + 50 * scale, 300 + 60 * scale], axis=1)
     landmarks = boxes[:, None, :2] + POINTS * (boxes[:, None, 2:] - boxes[:, None, :2])
-    rows = Linker(SETTINGS).link(
+    rows, _ = Linker(SETTINGS).link(
         make_frames(np.arange(17) / 2), Faces(np.arange(17), boxes, landmarks, np.ones(17, np.float32))
     )
     width = rows.xyxy[:, 2] - rows.xyxy[:, 0]

@@ -12,7 +12,7 @@ from dfengine.types import ErrorInfo, Faces, Frames, FrameScore, Image, Tracks, 
 
 def faces(n=2, **change):
     columns = {
-        "frame": np.arange(n, dtype=np.int64),
+        "image_index": np.arange(n, dtype=np.int64),
         "xyxy": np.zeros((n, 4), np.float32),
         "landmarks": np.zeros((n, 5, 2), np.float32),
         "confidence": np.linspace(1, 0, n, dtype=np.float32),
@@ -23,8 +23,7 @@ def faces(n=2, **change):
 def tracks(n=3, **change):
     columns = {
         "track_id": np.zeros(n, np.int64),
-        "frame": np.arange(n, dtype=np.int64),
-        "index": np.arange(n, dtype=np.int64) * 10,
+        "frame_index": np.arange(n, dtype=np.int64) * 10,
         "pts_seconds": np.arange(n, dtype=np.float64),
         "xyxy": np.zeros((n, 4), np.float32),
         "landmarks": np.zeros((n, 5, 2), np.float32),
@@ -38,7 +37,7 @@ def frames(n=2, **change):
     columns = {
         "images": tuple(Image((np.zeros((2, 2), np.uint8),), matrix="gray") for _ in range(n)),
         "pts_seconds": np.arange(n, dtype=np.float64),
-        "index": np.arange(n, dtype=np.int64),
+        "frame_index": np.arange(n, dtype=np.int64),
     }
     return Frames(**columns | change)
 
@@ -59,22 +58,22 @@ def test_values_are_frozen(make):
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [
-        (faces, {"frame": np.zeros(2, np.int32)}, r"frame must be int64 with 1 axes, got int32 \(2,\)"),
+        (faces, {"image_index": np.zeros(2, np.int32)}, r"image_index must be int64 with 1 axes, got int32 \(2,\)"),
         (faces, {"xyxy": np.zeros((2, 4))}, r"xyxy must be float32 with 2 axes, got float64 \(2, 4\)"),
         (faces, {"xyxy": np.zeros((2, 5), np.float32)}, r"xyxy must have shape \(2, 4\) .*got \(2, 5\)"),
         (faces, {"xyxy": np.zeros((3, 4), np.float32)}, r"xyxy must have shape \(2, 4\) .*got \(3, 4\)"),
         (faces, {"landmarks": np.zeros((2, 10), np.float32)}, r"landmarks must be float32 with 3 axes"),
         (faces, {"landmarks": np.zeros((2, 6, 2), np.float32)}, r"landmarks must have shape \(2, 5, 2\)"),
         (faces, {"confidence": np.zeros(1, np.float32)}, r"confidence must have shape \(2,\)"),
-        (faces, {"frame": np.zeros(0, np.int64)}, r"xyxy must have shape \(0, 4\)"),
+        (faces, {"image_index": np.zeros(0, np.int64)}, r"xyxy must have shape \(0, 4\)"),
         (tracks, {"track_id": np.zeros(3, np.int32)}, "track_id must be int64"),
-        (tracks, {"index": np.zeros(2, np.int64)}, r"index must have shape \(3,\)"),
+        (tracks, {"frame_index": np.zeros(2, np.int64)}, r"frame_index must have shape \(3,\)"),
         (tracks, {"pts_seconds": np.zeros(3, np.float32)}, "pts_seconds must be float64"),
         (tracks, {"detected": np.zeros(3, np.uint8)}, "detected must be bool"),
         (tracks, {"landmarks": np.zeros((3, 5, 3), np.float32)}, r"landmarks must have shape \(3, 5, 2\)"),
         (tracks, {"confidence": np.zeros(3)}, "confidence must be float32"),
         (frames, {"pts_seconds": np.zeros(3)}, r"pts_seconds must have shape \(2,\)"),
-        (frames, {"index": np.zeros(2, np.int32)}, "index must be int64"),
+        (frames, {"frame_index": np.zeros(2, np.int32)}, "frame_index must be int64"),
     ],
 )
 def test_columns_are_checked(make, change, message):
@@ -84,16 +83,16 @@ def test_columns_are_checked(make, change, message):
 
 def test_rows_of_faces():
     some = faces(4)
-    assert some[some.confidence > 0.5].frame.tolist() == [0, 1]
-    assert some[np.array([3, 1])].frame.tolist() == [3, 1]
-    assert some[1:3].frame.tolist() == [1, 2]
+    assert some[some.confidence > 0.5].image_index.tolist() == [0, 1]
+    assert some[np.array([3, 1])].image_index.tolist() == [3, 1]
+    assert some[1:3].image_index.tolist() == [1, 2]
     assert len(some[np.zeros(4, bool)]) == 0
     assert len(Faces.empty()) == 0
 
 
 def test_rows_of_tracks():
     some = tracks(4)
-    assert some[some.frame > 1].index.tolist() == [20, 30]
+    assert some[some.frame_index > 10].frame_index.tolist() == [20, 30]
     assert some[::-1].pts_seconds.tolist() == [3, 2, 1, 0]
     assert len(some[np.zeros(4, bool)]) == 0
 
@@ -101,17 +100,17 @@ def test_rows_of_tracks():
 def test_tracks_are_joined_one_behind_the_other():
     joined = Tracks.concatenate([tracks(2), tracks(0), tracks(3, track_id=np.full(3, 7))])
     assert joined.track_id.tolist() == [0, 0, 7, 7, 7]
-    assert joined.frame.tolist() == [0, 1, 0, 1, 2]
+    assert joined.frame_index.tolist() == [0, 10, 0, 10, 20]
     assert len(Tracks.concatenate([tracks(0)])) == 0
 
 
 def test_values_print_their_shapes():
     many, picture = 500, Image((np.zeros((1080, 1920), np.uint8), *[np.zeros((540, 960), np.uint8)] * 2), rotation=90)
     assert repr(faces(many)) == (
-        "Faces(frame=int64[500], xyxy=float32[500, 4], landmarks=float32[500, 5, 2], confidence=float32[500])"
+        "Faces(image_index=int64[500], xyxy=float32[500, 4], landmarks=float32[500, 5, 2], confidence=float32[500])"
     )
     assert repr(tracks(many)) == (
-        "Tracks(track_id=int64[500], frame=int64[500], index=int64[500], pts_seconds=float64[500], "
+        "Tracks(track_id=int64[500], frame_index=int64[500], pts_seconds=float64[500], "
         "xyxy=float32[500, 4], landmarks=float32[500, 5, 2], confidence=float32[500], detected=bool[500])"
     )
     assert repr(picture) == (
@@ -119,7 +118,7 @@ def test_values_print_their_shapes():
         "full_range=False, subsampling_xy=(1, 1), rotation=90, mirrored=False, pixel_aspect=1.0, transfer='sdr')"
     )
     assert repr(frames(3, images=(picture,) * 3)) == (
-        "Frames(images=<3 of 1920x1080>, pts_seconds=float64[3], index=int64[3], is_last=True)"
+        "Frames(images=<3 of 1920x1080>, pts_seconds=float64[3], frame_index=int64[3], is_last=True)"
     )
     assert repr(frames(0)).startswith("Frames(images=(), ")
 

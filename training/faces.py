@@ -124,8 +124,8 @@ def find_faces(path: Path, is_photo: bool, detector: Detector, settings: Extract
     """
     people = People(detector, settings.tracking, settings.sampling_mode)
     regions: list[tuple[NDArray[np.uint8], NDArray[np.int32]]] = []
-    for frames, rows in people.each(_one_photo(path) if is_photo else _video_frames(path, settings)):
-        regions += [cut_region(frames.images[f], box, settings) for f, box in zip(rows.frame, rows.xyxy, strict=True)]
+    for frames, rows, image_index in people.each(_one_photo(path) if is_photo else _video_frames(path, settings)):
+        regions += [cut_region(frames.images[i], box, settings) for i, box in zip(image_index, rows.xyxy, strict=True)]
     rows, order = people.finish()
     kept = list(range(len(rows)))
     if is_photo and len(rows):  # of one person: others in the picture are nobody we know
@@ -135,7 +135,7 @@ def find_faces(path: Path, is_photo: bool, detector: Detector, settings: Extract
         yield {
             "track": rows.track_id[r],
             "pts_seconds": rows.pts_seconds[r],
-            "index": rows.index[r],
+            "index": rows.frame_index[r],
             "box": rows.xyxy[r],
             "landmarks": rows.landmarks[r].reshape(10) if rows.detected[r] else None,
             "confidence": rows.confidence[r],

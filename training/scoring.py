@@ -238,8 +238,7 @@ def make_tracks(faces: FaceTable, rows: I64) -> Tracks:
     """Rows of one video as the engine has them."""
     part = faces[rows]
     detected = np.asarray(np.isfinite(part.landmarks).all(axis=(1, 2)), np.bool_)
-    frame = np.arange(len(rows), dtype=np.int64)
-    return Tracks(part.track, frame, part.index, part.pts_seconds, part.box, part.landmarks, part.confidence, detected)
+    return Tracks(part.track, part.index, part.pts_seconds, part.box, part.landmarks, part.confidence, detected)
 
 
 def make_bundle(trained: Sequence[Trained], members: Sequence[ModelSpec], **fields: Any) -> Bundle:

@@ -139,4 +139,4 @@ def _stack_members(logits: Mapping[str, F64], bundle: Bundle) -> tuple[tuple[str
 def _frame_score(tracks: Tracks, row: int, p_fake: float) -> FrameScore:
     x1, y1, x2, y2 = (float(v) for v in tracks.xyxy[row])
     points = tuple((float(x), float(y)) for x, y in tracks.landmarks[row]) if tracks.detected[row] else None
-    return FrameScore(int(tracks.index[row]), float(tracks.pts_seconds[row]), (x1, y1, x2, y2), points, p_fake)
+    return FrameScore(int(tracks.frame_index[row]), float(tracks.pts_seconds[row]), (x1, y1, x2, y2), points, p_fake)

@@ -55,7 +55,13 @@ def crop_faces(
 
 
 def crop_tracks(
-    images: Sequence[Image], tracks: Tracks, crop: CropSpec, *, dtype: Dtype = "float32", threads: int = 1
+    images: Sequence[Image],
+    tracks: Tracks,
+    image_index: I64,
+    crop: CropSpec,
+    *,
+    dtype: Dtype = "float32",
+    threads: int = 1,
 ) -> Array:
-    """``crop_faces`` of the rows of a video's tracks, whose ``frame`` is the index into ``images``."""
-    return crop_faces(images, tracks.xyxy, tracks.frame, crop, dtype=dtype, threads=threads)
+    """``crop_faces`` of the rows of a video's tracks. ``image_index``: (R,), the image of each row."""
+    return crop_faces(images, tracks.xyxy, image_index, crop, dtype=dtype, threads=threads)

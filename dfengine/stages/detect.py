@@ -84,7 +84,7 @@ class Detector:
         self._input = nets.member("pnet").crop
 
     def detect(self, images: Sequence[Image], *, stride: int = 1, threads: int = 1) -> Faces:
-        """Finds the faces of each image; ``Faces.frame`` is the index into ``images``.
+        """Finds the faces of each image; ``Faces.image_index`` counts in ``images``.
 
         Sorted by image, then by falling confidence. An image without a face has no row. Images of one size share
         batches; with a ``stride`` of 1 the others change the result for an image by rounding only (below 1e-3 pixels).
@@ -96,7 +96,7 @@ class Detector:
         """
         cutter = self._cutter(threads)
         found = [self._detect_sized(images, rows, cutter, stride) for rows in _by_size(images)]
-        empty = np.setdiff1d(np.arange(len(images)), np.concatenate([f.frame for f in found]) if found else [])
+        empty = np.setdiff1d(np.arange(len(images)), np.concatenate([f.image_index for f in found]) if found else [])
         for gain, rows in self._dark(images, empty):
             brighter = dataclasses.replace(cutter, gain=gain)
             found += [
@@ -104,7 +104,7 @@ class Detector:
                 for sized in _by_size([images[i] for i in rows])
             ]
         faces = Faces.concatenate(found)
-        return faces[np.lexsort((-faces.confidence, faces.frame))]
+        return faces[np.lexsort((-faces.confidence, faces.image_index))]
 
     def lying(self, images: Sequence[Image], min_confidence: float) -> int:
         """The turn clockwise, 90, 180 or 270 degrees, that shows faces in a video in which nobody was found; else 0.
@@ -116,7 +116,7 @@ class Detector:
         for degrees in (90, 270, 180):
             turned = [dataclasses.replace(images[i], rotation=(images[i].rotation + degrees) % 360) for i in places]
             faces = self.detect(turned)
-            if 2 * len(np.unique(faces.frame[faces.confidence >= min_confidence])) > len(places):
+            if 2 * len(np.unique(faces.image_index[faces.confidence >= min_confidence])) > len(places):
                 return degrees
         return 0
 
@@ -147,7 +147,7 @@ class Detector:
         whole = np.union1d(rows[::stride], rows[-1:])
         faces = self._in_batches(images, whole, cutter)
         followed = self._follow(images, rows, faces, whole, cutter)
-        rest = np.setdiff1d(rows, np.concatenate([whole, followed.frame]))
+        rest = np.setdiff1d(rows, np.concatenate([whole, followed.image_index]))
         return Faces.concatenate([faces, followed, self._in_batches(images, rest, cutter)])
 
     def _in_batches(self, images: Sequence[Image], rows: NDArray[np.int64], cutter: Cutter) -> Faces:
@@ -157,7 +157,7 @@ class Detector:
         def run(start: int, stop: int) -> None:
             batch = rows[start:stop]
             faces = self._cascade([images[i] for i in batch], cutter)
-            parts.append(dataclasses.replace(faces, frame=batch[faces.frame]))
+            parts.append(dataclasses.replace(faces, image_index=batch[faces.image_index]))
 
         for start in range(0, len(rows), BATCH_FRAMES):
             in_halves_if_need_be(run, start, min(start + BATCH_FRAMES, len(rows)))
@@ -171,7 +171,7 @@ class Detector:
         at: list[int] = []
         boxes: list[F32] = [np.zeros((0, 4), np.float32)]
         for before, after in itertools.pairwise(whole):
-            a, b = faces.xyxy[faces.frame == before], faces.xyxy[faces.frame == after]
+            a, b = faces.xyxy[faces.image_index == before], faces.xyxy[faces.image_index == after]
             i, j = np.nonzero(_boxes.iou_matrix(a, b) >= _SAME_FACE)
             if not len(a) == len(b) == len(i) == len(np.unique(i)) == len(np.unique(j)):
                 continue
@@ -183,8 +183,8 @@ class Detector:
         image, candidates = np.array(at, np.int32), np.concatenate(boxes)
         _boxes.make_square(candidates)
         found = self._refine(images, *self._sift(images, image, candidates, cutter), cutter)
-        confirmed = np.bincount(found.frame, minlength=len(images)) == expected
-        return found[confirmed[found.frame]]
+        confirmed = np.bincount(found.image_index, minlength=len(images)) == expected
+        return found[confirmed[found.image_index]]
 
     def _cutter(self, threads: int) -> Cutter:
         return Cutter(mean=self._input.mean, std=self._input.std, dtype=self._dtype, threads=threads)

@@ -51,8 +51,9 @@ class People:
         self._frames_sampled = 0
         self._ids: I64 = np.zeros(0, np.int64)  # of the tracks that count
 
-    def each(self, video: Iterable[Frames]) -> Iterator[tuple[Frames, Tracks]]:
-        """The rows found in each Frames of a video, ordered by track and then by time.
+    def each(self, video: Iterable[Frames]) -> Iterator[tuple[Frames, Tracks, I64]]:
+        """Each Frames of a video with the rows found in it, ordered by track and then by time, and which of its images
+        each row is in, (R,).
 
         Who counts shows at the end of a video. Rows of the last Frames, which mostly is the only one, are of people who
         count; before, all are given.
@@ -62,13 +63,14 @@ class People:
             with self._watch("detect"):
                 faces = self._detector.detect(frames.images, stride=self._stride, threads=self._threads)
             with self._watch("track"):
-                rows = self._linker.link(frames, faces)
+                rows, image_index = self._linker.link(frames, faces)
                 if frames.is_last:
                     everyone = Tracks.concatenate([*self._parts, rows])
                     self._ids = select(everyone, self._frames_sampled, self._tracking)
-                    rows = rows[np.isin(rows.track_id, self._ids)]
+                    counts = np.isin(rows.track_id, self._ids)
+                    rows, image_index = rows[counts], image_index[counts]
                 self._parts.append(rows)
-            yield frames, rows
+            yield frames, rows, image_index
 
     @property
     def count(self) -> int:

@@ -71,21 +71,23 @@ class Linker:
         self._next_id = 0
         self._hw: tuple[int, int] | None = None  # of the picture last seen
 
-    def link(self, frames: Frames, faces: Faces) -> Tracks:
+    def link(self, frames: Frames, faces: Faces) -> tuple[Tracks, I64]:
         """Joins the faces of ``frames`` to the video's tracks, greedily by IoU, best pairs first.
+
+        Returns the rows, and which of ``frames.images`` each is in, (R,).
 
         Frames between two detections of a track in which it was not found are filled with the box seen before; before
         the first and after the last detection nothing is filled, because the person may not be there.
         """
-        rows: list[tuple[int, int, int]] = []  # track, frame, row in faces (-1: filled)
+        rows: list[tuple[int, int, int]] = []  # track, image, row in faces (-1: filled)
         boxes: list[F32] = []
         for live in self._live:
             live.gap.clear()  # pixels of frames gone by are not there to be filled
-        starts = np.searchsorted(faces.frame, np.arange(len(frames) + 1))
-        for frame in range(len(frames)):
-            now = float(frames.pts_seconds[frame])
-            here = np.arange(starts[frame], starts[frame + 1])
-            self._follow_size(frames.images[frame].upright_hw)
+        starts = np.searchsorted(faces.image_index, np.arange(len(frames) + 1))
+        for image in range(len(frames)):
+            now = float(frames.pts_seconds[image])
+            here = np.arange(starts[image], starts[image + 1])
+            self._follow_size(frames.images[image].upright_hw)
             pairs = self._match(faces.xyxy[here])
             for live, _ in pairs:
                 rows += [(live.track_id, missed, -1) for missed, _ in live.gap]
@@ -95,12 +97,12 @@ class Linker:
             for live, column in pairs:
                 face = int(here[column])
                 live.see(faces.xyxy[face], faces.landmarks[face], now)
-                rows.append((live.track_id, frame, face))
+                rows.append((live.track_id, image, face))
                 boxes.append(live.steady_box)
             matched = {id(live) for live, _ in pairs}
             for live in self._live:
                 if id(live) not in matched:
-                    live.gap.append((frame, live.steady_box))
+                    live.gap.append((image, live.steady_box))
                     live.frames_missed += 1
             self._live = [live for live in self._live if self._goes_on(live, now)]
         return _make_tracks(rows, boxes, frames, faces)
@@ -133,9 +135,11 @@ class Linker:
         return now - live.seen_seconds <= s.max_gap_seconds or live.frames_missed <= s.max_gap_frames
 
 
-def _make_tracks(rows: list[tuple[int, int, int]], boxes: list[F32], frames: Frames, faces: Faces) -> Tracks:
+def _make_tracks(
+    rows: list[tuple[int, int, int]], boxes: list[F32], frames: Frames, faces: Faces
+) -> tuple[Tracks, I64]:
     table = np.array(rows, np.int64).reshape(-1, 3)
-    frame, face = table[:, 1], table[:, 2]
+    image_index, face = table[:, 1], table[:, 2]
     detected = face >= 0
     landmarks = np.full((len(table), LANDMARKS, 2), np.nan, np.float32)
     landmarks[detected] = faces.landmarks[face[detected]]
@@ -144,15 +148,15 @@ def _make_tracks(rows: list[tuple[int, int, int]], boxes: list[F32], frames: Fra
     xyxy = np.array(boxes, np.float32).reshape(-1, 4)
     tracks = Tracks(
         table[:, 0],
-        frame,
-        frames.index[frame],
-        frames.pts_seconds[frame],
+        frames.frame_index[image_index],
+        frames.pts_seconds[image_index],
         xyxy,
         landmarks,
         confidence,
         detected,
     )
-    return tracks[np.lexsort((tracks.pts_seconds, tracks.track_id))]
+    order = np.lexsort((tracks.pts_seconds, tracks.track_id))
+    return tracks[order], image_index[order]
 
 
 def select(tracks: Tracks, frames_sampled: int, settings: TrackingSettings) -> I64:

@@ -85,7 +85,7 @@ def decode(gpu: Gpu, pool: NvdecPool, path: Path, policy: str, mode: Mode, **lim
     joined = Frames(
         tuple(image for part in parts for image in part.images),
         np.concatenate([part.pts_seconds for part in parts]),
-        np.concatenate([part.index for part in parts]),
+        np.concatenate([part.frame_index for part in parts]),
     )
     video.planes = planes
     return video, joined
@@ -97,7 +97,7 @@ def check_same(gpu: Gpu, pool: NvdecPool, path: Path, policy: str, mode: Mode, *
     with open_video(path) as on_cpu:
         (expected,) = on_cpu.frames(Sampling.parse(policy, mode))
     assert got.pts_seconds.tolist() == expected.pts_seconds.tolist()
-    assert got.index.tolist() == expected.index.tolist()
+    assert got.frame_index.tolist() == expected.frame_index.tolist()
     assert video.warnings == on_cpu.warnings
     for image, planes, other in zip(got.images, video.planes, expected.images, strict=True):
         assert (image.matrix, image.full_range, image.rotation) == (other.matrix, other.full_range, other.rotation)
@@ -137,7 +137,7 @@ def test_temporal_layers(gpu: Gpu, pool: NvdecPool, made: MakeClip) -> None:
         (full,) = on_cpu.frames(Sampling.parse("every:1", "exact"))
     assert video.fallback_reason == ""
     assert 20 < len(got) < 60
-    for planes, i in zip(video.planes, got.index, strict=True):
+    for planes, i in zip(video.planes, got.frame_index, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(planes, full.images[i].components, strict=True))
 
 
