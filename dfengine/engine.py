@@ -108,8 +108,8 @@ class Engine:
     ) -> VideoScore:
         """Scores one video on all cores. What is wrong with the file is in the result; nothing is raised for it.
 
-        ``plan``: more or less work than the engine's own (``engine.plan``). ``on_stage`` is told the name of each stage
-        that begins or goes on, "" between two.
+        ``plan``: more or less work than the engine's own (``engine.plan``). ``on_stage`` is called with the name of
+        each stage that begins or goes on, "" between two.
         """
         return self._score(path, self.cores, plan, on_stage)
 

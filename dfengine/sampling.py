@@ -17,7 +17,7 @@ Three modes say which frame stands for a wanted time:
     reference      the nearest frame that other frames depend on; frames nobody depends on are not decoded, which
                    halves the work on typical H.264 and leaves every kept frame bit-identical
     keyframe       as reference, after moving each wanted time back towards the key frame before it: a decoder must
-                   begin there, and what lies far behind is dear. The times of one key frame come to lie close
+                   begin there, and what lies far behind costs time. The times of one key frame come to lie close
                    together, so that the people are seen in a few short windows instead of all along
 """
 

@@ -160,7 +160,7 @@ class Scoring:
                 draft.fallback_reason = video.fallback_reason or shared.why_no_decoders or None
 
     def _listen(self) -> dict[str, Sound]:
-        """What each member that hears is given, by its name."""
+        """The sound for each member of kind "audio", by its name."""
         sounds = {}
         for member in self._shared.bundle.members:
             if member.kind == "audio" and member.name in self._plan.members:

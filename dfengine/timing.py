@@ -14,7 +14,7 @@ class Watch:
     """Wall-clock seconds by stage. Nested stages count once, in the inner one. Not thread-safe.
 
     ``stage``: the one that goes on, "" between two. ``failed``: the innermost stage that an error on its way up came
-    from, "" without one. ``on_stage`` is told the name of each stage that begins or goes on, "" between two.
+    from, "" without one. ``on_stage`` is called with the name of each stage that begins or goes on, "" between two.
     """
 
     def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:

@@ -305,13 +305,13 @@ class VideoScore:
             raise ValueError(f"logit must be finite, got {self.logit}")
 
     def __repr__(self) -> str:
-        told = f"path={self.path!r}, status={self.status!r}, "
+        text = f"path={self.path!r}, status={self.status!r}, "
         if self.p_fake is not None:
-            told += f"p_fake={self.p_fake:.4f}, tracks=<{len(self.tracks)}>, frames_scored={self.frames_scored}, "
+            text += f"p_fake={self.p_fake:.4f}, tracks=<{len(self.tracks)}>, frames_scored={self.frames_scored}, "
         if self.error is not None:
-            told += f"error={self.error!r}, "
+            text += f"error={self.error!r}, "
         seconds = sum(self.timings.values())
-        return f"VideoScore({told}warnings=<{len(self.warnings)}>, bundle={self.bundle!r}, {seconds:.2f} s)"
+        return f"VideoScore({text}warnings=<{len(self.warnings)}>, bundle={self.bundle!r}, {seconds:.2f} s)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, in the order of the fields: what ``--json`` prints."""

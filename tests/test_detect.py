@@ -77,9 +77,9 @@ def assert_near(got: Faces, want: Faces, op: str) -> None:
 def proposed(detector, monkeypatch) -> list[int]:
     """How many frames went through the whole cascade, call by call."""
     counts: list[int] = []
-    propose = Detector._propose
+    propose = Detector._run_pnet
     monkeypatch.setattr(
-        Detector, "_propose", lambda self, images, cutter: counts.append(len(images)) or propose(self, images, cutter)
+        Detector, "_run_pnet", lambda self, images, cutter: counts.append(len(images)) or propose(self, images, cutter)
     )
     return counts
 

@@ -89,7 +89,7 @@ class Step:
 
 
 def ladder(asked: Plan, bundle: Bundle) -> tuple[Step, ...]:
-    """The steps for what was asked, dear ones first; those that would change nothing are left out."""
+    """The steps for what was asked, the most expensive first; those that would change nothing are left out."""
     steps = [Step("as asked", asked, 1.0)]
 
     def add(

@@ -15,7 +15,7 @@ from dfengine.errors import DeviceMemoryError
 from dfengine.runtime.contract import check_network
 from dfengine.types import Array, Dtype
 
-__all__ = ["CpuDevice", "Device", "Session", "in_halves_if_need_be"]
+__all__ = ["CpuDevice", "Device", "Session", "run_or_halve"]
 
 
 class Session(Protocol):
@@ -90,7 +90,7 @@ class CpuDevice:
         pass
 
 
-def in_halves_if_need_be(run: Callable[[int, int], None], start: int, stop: int) -> None:
+def run_or_halve(run: Callable[[int, int], None], start: int, stop: int) -> None:
     """Calls ``run(start, stop)``; where the memory of a GPU does not suffice for that, for both halves, once."""
     try:
         run(start, stop)

@@ -17,7 +17,7 @@ from dfengine.bundle import Precision
 from dfengine.errors import InferenceError, first_line
 from dfengine.runtime.contract import Seen
 
-# What OpenVINO prepares for a shape of input it keeps, for 5,000 shapes and layers unless told: 400 sizes of pyramid
+# What OpenVINO prepares for a shape of input it keeps, for 5,000 shapes and layers by default: 400 sizes of pyramid
 # levels then cost 540 MB, with this limit 410. Videos of one size lose 3 % of CPU time by it.
 _SHAPES_KEPT = "200"
 

@@ -1,9 +1,9 @@
-"""Path -> log-mel: what a member of kind "audio" hears. Training uses the very same function.
+"""Path -> log-mel: what a member of kind "audio" gets beside the crops. Training uses the very same function.
 
 Note [Sound that is missing]
 The log-mel is scaled so that silence is 0 and full scale about 1. A video without a sound track, or with one that
 cannot be decoded, is all zeros, as digital silence is, and ``Sound.missing`` says why. Zeros are no verdict: a member
-that hears is trained on such videos too, and the score carries the reason as a warning.
+of kind "audio" is trained on such videos too, and the score carries the reason as a warning.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def load_log_mel(path: PathLikeStr, settings: AudioSettings) -> Sound:
         samples = decode_mono(path, settings.sample_rate, int(settings.seconds * settings.sample_rate))
     except (av.FFmpegError, ValueError, OSError) as error:
         raise_if_it_may_pass(error, path, STAGE)
-        return _missing(f"the sound cannot be decoded ({first_line(error)})", settings)
+        return _silence(f"the sound cannot be decoded ({first_line(error)})", settings)
     if len(samples) == 0:
-        return _missing("there is no sound track, or nothing in it", settings)
+        return _silence("there is no sound track, or nothing in it", settings)
     return Sound(log_mel(samples, settings))
 
 
@@ -107,5 +107,5 @@ def mel_filters(settings: AudioSettings) -> F64:
     return np.asarray(np.maximum(0, np.minimum(up, down)), np.float64)
 
 
-def _missing(why: str, settings: AudioSettings) -> Sound:
+def _silence(why: str, settings: AudioSettings) -> Sound:
     return Sound(np.zeros((settings.bands, settings.frames), np.float32), why)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, CropSpec, ModelSpec
 from dfengine.errors import InferenceError
-from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
+from dfengine.runtime import CpuDevice, Device, run_or_halve
 from dfengine.stages.kernels import to_host
 from dfengine.types import F32, F64, I64, Array, Tracks
 
@@ -59,10 +59,10 @@ class Backbone:
         for group in _by_preprocessing(members):
             for start in range(0, rows, BATCH_CROPS):
                 stop = min(start + BATCH_CROPS, rows)
-                in_halves_if_need_be(partial(self._run_part, group, make_crops, logits), start, stop)
+                run_or_halve(partial(self._run_batch, group, make_crops, logits), start, stop)
         return logits
 
-    def _run_part(
+    def _run_batch(
         self, group: list[ModelSpec], make_crops: MakeCrops, logits: dict[str, F64], start: int, stop: int
     ) -> None:
         batch = make_crops(group[0].crop, slice(start, stop))
@@ -72,7 +72,7 @@ class Backbone:
     def clips(self, log_mel: Mapping[str, F32], *, only: Collection[str] | None = None) -> Clips:
         """The clip members, or those named in ``only``, ready for one video.
 
-        ``log_mel``: (bands, frames) by name of each member that hears.
+        ``log_mel``: (bands, frames) by name of each member of kind "audio".
         """
         members = (m for m in self.members if m.takes_clips)
         return Clips(self, tuple(m for m in members if only is None or m.name in only), log_mel)
@@ -129,9 +129,9 @@ class Clips:
                         waiting = waiting[size:]
                     self._held[g, int(track)] = held[-(size + len(waiting)) :], waiting
                     if len(full) * size >= BATCH_CROPS:
-                        self._score(group, full)
+                        self._run_clips(group, full)
                         full = []
-            self._score(group, full)
+            self._run_clips(group, full)
 
     def finish(self) -> dict[str, F64]:
         """Logits of every clip member for all rows that were added, in that order, (rows,) each."""
@@ -142,19 +142,19 @@ class Clips:
                 if of == g and len(waiting):
                     last = held[-size:]
                     rest.append((last[np.minimum(np.arange(size), len(last) - 1)], waiting))
-            self._score(group, rest)
+            self._run_clips(group, rest)
         self._held.clear()
         return self._logits
 
-    def _score(self, group: list[ModelSpec], clips: list[tuple[F32, I64]]) -> None:
+    def _run_clips(self, group: list[ModelSpec], clips: list[tuple[F32, I64]]) -> None:
         """``clips``: the crops of each, (T, 3, H, W), and the rows that get its logit."""
         if not clips:
             return
         batch = np.stack([crops for crops, _ in clips])
         for member in group:
             sound = self._log_mel.get(member.name)
-            hears = [np.broadcast_to(sound, (len(clips), *sound.shape))] if sound is not None else []
-            for logit, (_, rows) in zip(self._backbone._logits(member, batch, *hears), clips, strict=True):
+            sound_input = [np.broadcast_to(sound, (len(clips), *sound.shape))] if sound is not None else []
+            for logit, (_, rows) in zip(self._backbone._logits(member, batch, *sound_input), clips, strict=True):
                 self._logits[member.name][rows] = logit
 
 

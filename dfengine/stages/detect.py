@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, DetectorSettings
-from dfengine.runtime import CpuDevice, Device, in_halves_if_need_be
+from dfengine.runtime import CpuDevice, Device, run_or_halve
 from dfengine.stages import _boxes
 from dfengine.stages.kernels import crop_resize, pyramid, to_host
 from dfengine.types import F32, Dtype, Faces, Image
@@ -97,7 +97,7 @@ class Detector:
         cutter = self._cutter(threads)
         found = [self._detect_sized(images, rows, cutter, stride) for rows in _by_size(images)]
         empty = np.setdiff1d(np.arange(len(images)), np.concatenate([f.image_index for f in found]) if found else [])
-        for gain, rows in self._dark(images, empty):
+        for gain, rows in self._group_by_gain(images, empty):
             brighter = dataclasses.replace(cutter, gain=gain)
             found += [
                 self._detect_sized(images, rows[sized], brighter, stride)
@@ -120,11 +120,11 @@ class Detector:
                 return degrees
         return 0
 
-    def _dark(self, images: Sequence[Image], rows: NDArray[Any]) -> Iterator[tuple[float, NDArray[np.int64]]]:
+    def _group_by_gain(self, images: Sequence[Image], rows: NDArray[Any]) -> Iterator[tuple[float, NDArray[np.int64]]]:
         """Groups dark images by the gain that brings their brightest pixels near 255."""
         gains: dict[float, list[int]] = {}
         for i in rows:
-            brightest = _bright_luma(images[i])
+            brightest = _brightest_luma(images[i])
             if brightest < self.settings.dark_below:
                 # Steps of sqrt(2) let frames share a batch, and rounding down keeps highlights from clipping.
                 step = np.floor(2 * np.log2(255 / max(brightest, 1.0))) / 2
@@ -145,12 +145,12 @@ class Detector:
         only, for less than ``stride`` samples.
         """
         whole = np.union1d(rows[::stride], rows[-1:])
-        faces = self._in_batches(images, whole, cutter)
+        faces = self._search(images, whole, cutter)
         followed = self._follow(images, rows, faces, whole, cutter)
         rest = np.setdiff1d(rows, np.concatenate([whole, followed.image_index]))
-        return Faces.concatenate([faces, followed, self._in_batches(images, rest, cutter)])
+        return Faces.concatenate([faces, followed, self._search(images, rest, cutter)])
 
-    def _in_batches(self, images: Sequence[Image], rows: NDArray[np.int64], cutter: Cutter) -> Faces:
+    def _search(self, images: Sequence[Image], rows: NDArray[np.int64], cutter: Cutter) -> Faces:
         """The whole cascade, in batches."""
         parts: list[Faces] = []
 
@@ -160,7 +160,7 @@ class Detector:
             parts.append(dataclasses.replace(faces, image_index=batch[faces.image_index]))
 
         for start in range(0, len(rows), BATCH_FRAMES):
-            in_halves_if_need_be(run, start, min(start + BATCH_FRAMES, len(rows)))
+            run_or_halve(run, start, min(start + BATCH_FRAMES, len(rows)))
         return Faces.concatenate(parts)
 
     def _follow(
@@ -182,7 +182,7 @@ class Detector:
                 expected[row] = len(a)
         image, candidates = np.array(at, np.int32), np.concatenate(boxes)
         _boxes.make_square(candidates)
-        found = self._refine(images, *self._sift(images, image, candidates, cutter), cutter)
+        found = self._run_onet(images, *self._run_rnet(images, image, candidates, cutter), cutter)
         confirmed = np.bincount(found.image_index, minlength=len(images)) == expected
         return found[confirmed[found.image_index]]
 
@@ -191,34 +191,34 @@ class Detector:
 
     def _cascade(self, images: Sequence[Image], cutter: Cutter) -> Faces:
         """The three networks on images of one size."""
-        return self._refine(images, *self._sift(images, *self._propose(images, cutter), cutter), cutter)
+        return self._run_onet(images, *self._run_rnet(images, *self._run_pnet(images, cutter), cutter), cutter)
 
-    def _sift(
+    def _run_rnet(
         self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, cutter: Cutter
     ) -> tuple[NDArray[np.int32], F32]:
         """R-Net: (image, square xyxy boxes) of what it takes for faces, moved towards them."""
         image, boxes, crops = self._crop_proposals(images, image, boxes, 24, cutter)
         score, shift = self._rnet.run(crops)
-        image, boxes, score, shift = _where(score >= self.settings.thresholds[1], image, boxes, score, shift)
+        image, boxes, score, shift = _select(score >= self.settings.thresholds[1], image, boxes, score, shift)
         kept = _boxes.nms(boxes, score, image, _NMS_RNET)
         image, boxes, shift = image[kept], boxes[kept], shift[kept]
         _boxes.regress(boxes, shift, 1.0)
         _boxes.make_square(boxes)
         return image, boxes
 
-    def _refine(self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, cutter: Cutter) -> Faces:
+    def _run_onet(self, images: Sequence[Image], image: NDArray[np.int32], boxes: F32, cutter: Cutter) -> Faces:
         """O-Net: what it takes for a face, with landmarks, each face once."""
         image, boxes, crops = self._crop_proposals(images, image, boxes, 48, cutter)
         score, shift, points = self._onet.run(crops)
         taken = score >= self.settings.thresholds[2]
-        image, boxes, score, shift, points = _where(taken, image, boxes, score, shift, points)
+        image, boxes, score, shift, points = _select(taken, image, boxes, score, shift, points)
         size = boxes[:, None, 2:] - boxes[:, None, :2] + 1  # (F, 1, 2)
         landmarks = points.reshape(-1, 2, 5).transpose(0, 2, 1) * size + boxes[:, None, :2] - 1  # (F, 5, 2)
         _boxes.regress(boxes, shift, 1.0)
         kept = _boxes.nms(boxes, score, image, _NMS_ONET, of_smaller=True, pixel=1.0)
         return Faces(image[kept].astype(np.int64), boxes[kept], landmarks[kept].astype(np.float32), score[kept])
 
-    def _propose(self, images: Sequence[Image], cutter: Cutter) -> tuple[NDArray[np.int32], F32]:
+    def _run_pnet(self, images: Sequence[Image], cutter: Cutter) -> tuple[NDArray[np.int32], F32]:
         """P-Net over the pyramid: (image, square xyxy boxes)."""
         h, w = images[0].upright_hw
         scales = self._scales(h, w)
@@ -256,7 +256,7 @@ class Detector:
         whole[:, :2] = np.maximum(whole[:, :2], 1) - 1  # one-based, inclusive -> half-open
         whole[:, 2:] = np.minimum(whole[:, 2:], (w, h))
         inside = np.all(whole[:, 2:] > whole[:, :2], axis=1)
-        image, boxes, whole = _where(inside, image, boxes, whole)
+        image, boxes, whole = _select(inside, image, boxes, whole)
         return image, boxes, cutter.crop(images, whole, image, (size, size))
 
 
@@ -268,11 +268,11 @@ def _by_size(images: Sequence[Image]) -> list[NDArray[np.int64]]:
     return [np.array(g, np.int64) for g in groups.values()]
 
 
-def _where(mask: Any, *columns: Any) -> Any:
+def _select(mask: Any, *columns: Any) -> Any:
     return tuple(np.ascontiguousarray(c[mask]) for c in columns)
 
 
-def _bright_luma(image: Image) -> float:
+def _brightest_luma(image: Image) -> float:
     """99th percentile of the first component, on the scale 0..255 of full range. Every 4th pixel will do."""
     luma = to_host(image.components[0])[::4, ::4]
     value: float = float(np.percentile(luma, 99)) / float(1 << (image.bit_depth - 8))

@@ -29,10 +29,10 @@ def crop_resize(
     dtype: Dtype = "float32",
     threads: int = 1,
 ) -> Array:
-    """Crops boxes of many images into one batch (N, 3, *out_hw) that lies where the images lie.
+    """Crops boxes of many images into one array (N, 3, *out_hw) that lies where the images lie.
 
     RGB, (rgb / 255 - mean) / std; see ``_kernels.crop_resize`` for the arguments. Images on a GPU are all of one lane:
-    the batch is ready there in the order of its stream. Raises ValueError, and DeviceMemoryError or InferenceError on
+    the array is ready there in the order of its stream. Raises ValueError, and DeviceMemoryError or InferenceError on
     a GPU. ``threads`` is for the CPU.
     """
     options: dict[str, Any] = {"mean": mean, "std": std, "resize": resize, "padding": padding}
@@ -58,7 +58,7 @@ def pyramid(
     dtype: Dtype = "float32",
     threads: int = 1,
 ) -> list[Array]:
-    """The images, of one size, whole, at several sizes: what ``crop_resize`` gives for each of them, as one batch each.
+    """The images, of one size, whole, at several sizes: what ``crop_resize`` gives for each of them, as one array each.
 
     On the CPU picture by picture, so that each comes from memory once.
     """

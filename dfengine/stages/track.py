@@ -21,7 +21,7 @@ _STEADY_DETECTIONS = 5
 _MIN_ROWS_FOR_MOTION = 4
 
 
-class _Live:
+class _OpenTrack:
     """A track that may go on.
 
     Note [Steady boxes]
@@ -67,7 +67,7 @@ class Linker:
 
     def __init__(self, settings: TrackingSettings) -> None:
         self._settings = settings
-        self._live: list[_Live] = []
+        self._open_tracks: list[_OpenTrack] = []
         self._next_id = 0
         self._hw: tuple[int, int] | None = None  # of the picture last seen
 
@@ -81,58 +81,58 @@ class Linker:
         """
         rows: list[tuple[int, int, int]] = []  # track, image, row in faces (-1: filled)
         boxes: list[F32] = []
-        for live in self._live:
-            live.gap.clear()  # pixels of frames gone by are not there to be filled
+        for track in self._open_tracks:
+            track.gap.clear()  # pixels of frames gone by are not there to be filled
         starts = np.searchsorted(faces.image_index, np.arange(len(frames) + 1))
         for image in range(len(frames)):
             now = float(frames.pts_seconds[image])
             here = np.arange(starts[image], starts[image + 1])
             self._follow_size(frames.images[image].upright_hw)
             pairs = self._match(faces.xyxy[here])
-            for live, _ in pairs:
-                rows += [(live.track_id, missed, -1) for missed, _ in live.gap]
-                boxes += [box for _, box in live.gap]
+            for track, _ in pairs:
+                rows += [(track.track_id, missed, -1) for missed, _ in track.gap]
+                boxes += [box for _, box in track.gap]
             taken = {column for _, column in pairs}
             pairs += [(self._start(), column) for column in range(len(here)) if column not in taken]
-            for live, column in pairs:
+            for track, column in pairs:
                 face = int(here[column])
-                live.see(faces.xyxy[face], faces.landmarks[face], now)
-                rows.append((live.track_id, image, face))
-                boxes.append(live.steady_box)
-            matched = {id(live) for live, _ in pairs}
-            for live in self._live:
-                if id(live) not in matched:
-                    live.gap.append((image, live.steady_box))
-                    live.frames_missed += 1
-            self._live = [live for live in self._live if self._goes_on(live, now)]
+                track.see(faces.xyxy[face], faces.landmarks[face], now)
+                rows.append((track.track_id, image, face))
+                boxes.append(track.steady_box)
+            matched = {id(track) for track, _ in pairs}
+            for track in self._open_tracks:
+                if id(track) not in matched:
+                    track.gap.append((image, track.steady_box))
+                    track.frames_missed += 1
+            self._open_tracks = [track for track in self._open_tracks if self._goes_on(track, now)]
         return _make_tracks(rows, boxes, frames, faces)
 
     def _follow_size(self, hw: tuple[int, int]) -> None:
         if self._hw is not None and hw != self._hw:
-            for live in self._live:
-                live.stretch(self._hw, hw)
+            for track in self._open_tracks:
+                track.stretch(self._hw, hw)
         self._hw = hw
 
-    def _match(self, boxes: F32) -> list[tuple[_Live, int]]:
-        if not self._live or len(boxes) == 0:
+    def _match(self, boxes: F32) -> list[tuple[_OpenTrack, int]]:
+        if not self._open_tracks or len(boxes) == 0:
             return []
-        iou = _boxes.iou_matrix(np.stack([live.box for live in self._live]), boxes)
-        pairs: list[tuple[_Live, int]] = []
+        iou = _boxes.iou_matrix(np.stack([track.box for track in self._open_tracks]), boxes)
+        pairs: list[tuple[_OpenTrack, int]] = []
         while iou.flat[best := int(np.argmax(iou))] >= self._settings.min_iou:
             i, j = divmod(best, iou.shape[1])
-            pairs.append((self._live[i], j))
+            pairs.append((self._open_tracks[i], j))
             iou[i, :] = iou[:, j] = -1  # both are taken
         return pairs
 
-    def _start(self) -> _Live:
-        live = _Live(self._next_id)
+    def _start(self) -> _OpenTrack:
+        track = _OpenTrack(self._next_id)
         self._next_id += 1
-        self._live.append(live)
-        return live
+        self._open_tracks.append(track)
+        return track
 
-    def _goes_on(self, live: _Live, now: float) -> bool:
+    def _goes_on(self, track: _OpenTrack, now: float) -> bool:
         s = self._settings
-        return now - live.seen_seconds <= s.max_gap_seconds or live.frames_missed <= s.max_gap_frames
+        return now - track.seen_seconds <= s.max_gap_seconds or track.frames_missed <= s.max_gap_frames
 
 
 def _make_tracks(

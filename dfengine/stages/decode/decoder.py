@@ -45,7 +45,7 @@ class Packets:
         seconds = self.seconds[self.is_key]
         return seconds if np.all(np.diff(seconds) > 0) else seconds[:0]
 
-    def count_close(self, at: float, targets: F64, mode: Mode) -> int:
+    def count_within_reach(self, at: float, targets: F64, mode: Mode) -> int:
         """How many targets the frame at ``at`` may stand for; the others were lost."""
         if len(targets) == 0:
             return 0

@@ -204,18 +204,18 @@ class Video:
         May be called once. Raises DecodeError if fewer than half of the wanted frames could be decoded, after what
         could be decoded was yielded: a caller that keeps results must drop them then.
         """
-        packets = self._scan()
+        packets = self._read_packets()
         wanted, mode = sampling.policy.wanted_seconds(packets.timeline_stated), sampling.mode
         if mode == "exact":
             wanted = np.unique(packets.timeline_stated[nearest(packets.timeline_stated, wanted)])
         elif mode == "keyframe":
             wanted = towards_key_frames(wanted, packets.timeline, packets.key_seconds)
-        handed_out = -np.inf
+        last_yielded = -np.inf
         for decoder in self._decoders:
             self._decoder, self.warnings = decoder, [*packets.warnings, *packets.notes]
             try:
-                for frames in self._sample(packets, wanted, mode, memory_bytes, after=handed_out):
-                    handed_out = float(frames.pts_seconds[-1]) if len(frames) else handed_out
+                for frames in self._sample(packets, wanted, mode, memory_bytes, after=last_yielded):
+                    last_yielded = float(frames.pts_seconds[-1]) if len(frames) else last_yielded
                     yield frames
                 return
             except CannotDecode as error:
@@ -226,7 +226,7 @@ class Video:
     def _sample(
         self, packets: Packets, wanted: F64, mode: Mode, memory_bytes: int, *, after: float
     ) -> Iterator[Frames]:
-        """``frames`` with one decoder. Those up to ``after`` were handed out by the one before."""
+        """``frames`` with one decoder. Those up to ``after`` came from the one before."""
         origin = packets.timeline[0]
         found = 0
         images: list[Image] = []
@@ -257,14 +257,14 @@ class Video:
         self._decoder.close()  # others may have it while these frames are scored
         if images or after > -np.inf:
             yield flush(is_last=True)
-        self._judge(found, len(wanted))
+        self._check_found(found, len(wanted))
         self.warnings += self._decoder.notes
 
     def _note_read_error(self, error: av.FFmpegError) -> None:
         raise_if_it_may_pass(error, self.path, STAGE)
         self.warnings.append(f"reading stopped early ({reason(error)})")
 
-    def _judge(self, found: int, wanted: int) -> None:
+    def _check_found(self, found: int, wanted: int) -> None:
         if found == wanted:
             return
         what = f"{found} of {wanted} wanted frames could be decoded"
@@ -277,7 +277,7 @@ class Video:
             )
         self.warnings.append(what)
 
-    def _scan(self) -> Packets:
+    def _read_packets(self) -> Packets:
         """Reads all packets without decoding any: the times, not the header, say what is in the file."""
         read = self._read()
         ranked = rank(self._container)
@@ -372,12 +372,12 @@ class Video:
         """Yields (picture, its seconds, how many wanted times it stands for), ascending in time."""
         for segment, decoded in self._decode_segments(packets, wanted, mode):
             targets = wanted[segment]
-            begins = targets.tolist()
+            times = targets.tolist()  # of Python, which compares faster one by one
             done = 0
             last: tuple[Any, float] | None = None
             with closing(decoded):
                 for picture, at in decoded:
-                    if done < len(begins) and begins[done] >= at + TIE_SECONDS:  # most frames: nobody is decided on yet
+                    if done < len(times) and times[done] >= at + TIE_SECONDS:  # most frames: no target is decided yet
                         last = (picture, at)
                         continue
                     # Targets up to this frame belong to it or to the one before, whichever is nearer.
@@ -385,15 +385,15 @@ class Video:
                     near = targets[done:here]
                     if last is not None:
                         split = int(np.count_nonzero(near - last[1] <= at - near + TIE_SECONDS))
-                        if satisfied := packets.count_close(last[1], near[:split], mode):
+                        if satisfied := packets.count_within_reach(last[1], near[:split], mode):
                             yield *last, satisfied
                         near = near[split:]
-                    if satisfied := packets.count_close(at, near, mode):
+                    if satisfied := packets.count_within_reach(at, near, mode):
                         yield picture, at, satisfied
                     done, last = here, (picture, at)
                     if done == len(targets):
                         break
-            if last is not None and (satisfied := packets.count_close(last[1], targets[done:], mode)):
+            if last is not None and (satisfied := packets.count_within_reach(last[1], targets[done:], mode)):
                 yield *last, satisfied
 
     def _decode_segments(
@@ -413,7 +413,7 @@ class Video:
             segments.insert(0, Segment(0, 1, np.inf, slice(0, 0)))
         demuxed = enumerate(packets_again)
         for segment in segments:
-            taken = _take(demuxed, segment, self._note_read_error)
+            taken = _packets_of(demuxed, segment, self._note_read_error)
             yield segment.wanted, self._decoder.decode(taken, segment, wanted[segment.wanted])
         if self._decoder.damaged:
             self.warnings.append(f"{self._decoder.damaged} packets or frames were damaged")
@@ -425,7 +425,7 @@ def _holds_stills(container: InputContainer) -> bool:
     return container.format.name in _IMAGE_FORMATS or brand in (*STILL_BRANDS, *SEQUENCE_BRANDS)
 
 
-def _take(
+def _packets_of(
     demuxed: Iterator[Numbered], segment: Segment, on_error: Callable[[av.FFmpegError], None]
 ) -> Iterator[Numbered]:
     try:
