@@ -15,10 +15,10 @@ from dfengine.engine import Engine
 from dfengine.info import build_info
 from dfengine.runtime import Device
 from dfengine.stages.decode import DEFAULT_MEMORY_BYTES
-from dfengine.types import PathLikeStr, VideoScore
+from dfengine.types import VERSION, PathLikeStr, VideoScore
 
 __all__ = ["Bundle", "Engine", "VideoScore", "build_info", "errors", "score"]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def score(

@@ -35,7 +35,11 @@ Std = Annotated[float, Meta(gt=1e-6)]  # smaller ones would blow rounding up to 
 class DetectorSettings:
     """Settings of the MTCNN cascade. Defaults are facenet-pytorch's unless a reason is given."""
 
-    nets: str = "mtcnn"  # a packaged bundle with members pnet, rnet, onet
+    # A bundle with members pnet, rnet and onet: the name of a packaged one, or a folder inside the bundle's own.
+    nets: str = "mtcnn"
+    # sha256 of its bundle.json, which holds the hashes of the networks. Every bundle that scores states it; None, where
+    # settings belong to no bundle yet, takes the networks as they are.
+    digest: str | None = None
     # Smallest face that is looked for, as a share of the frame's shorter side. 0.05 is 54 px in 1080p and 24 px in
     # 480p: below that a crop holds fewer pixels than any member's input has, and P-Net's cost grows with 1 / size^2.
     min_face_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.05
@@ -216,8 +220,22 @@ class Bundle:
             loaded = dataclasses.replace(loaded, folder=folder, digest=hashlib.sha256(text).hexdigest())
         except (TypeError, ValueError, OverflowError) as error:
             raise BundleError(f"bundle.json: {error}", path=folder, stage="bundle") from None
+        if version == 1:  # did not know the digest
+            loaded = loaded._with_detector_digest()
         loaded._check()
         return loaded
+
+    @property
+    def scorers(self) -> tuple[ModelSpec, ...]:
+        """The members that score; a detector's networks do not."""
+        return tuple(m for m in self.members if m.kind != "detector")
+
+    def _with_detector_digest(self) -> Bundle:
+        """The same bundle, stating the detector's networks that are there now if it states none."""
+        if self.detector.digest is not None or not self.scorers:
+            return self
+        digest = load_nets(self.detector, self.folder).digest
+        return dataclasses.replace(self, detector=dataclasses.replace(self.detector, digest=digest))
 
     def onnx_bytes(self, member: ModelSpec) -> bytes:
         """The member's ONNX file, verified. Raises BundleError."""
@@ -277,11 +295,44 @@ class Bundle:
                 f"{who} audio settings {a}; seconds hold at least one window, low_hz < high_hz <= sample_rate / 2",
             )
             self.onnx_bytes(m)
+        require(
+            self.detector.digest is not None or not self.scorers,
+            "detector.digest is missing: the sha256 of the bundle.json of the detector's networks; write the bundle "
+            "with to_json",
+        )
 
 
 def to_json(bundle: Bundle, *, defaults: bool = True) -> str:
-    """The text of a bundle.json that loads as ``bundle``; ``defaults=False`` leaves out what has its default value."""
-    return json.dumps(to_plain(bundle, defaults=defaults), indent=2, ensure_ascii=False) + "\n"
+    """The text of a bundle.json that loads as ``bundle``; ``defaults=False`` leaves out what has its default value.
+
+    Where ``bundle`` states no digest of its detector's networks, that of the present ones is written. Raises
+    BundleError if there are none.
+    """
+    return json.dumps(to_plain(bundle._with_detector_digest(), defaults=defaults), indent=2, ensure_ascii=False) + "\n"
+
+
+def load_nets(settings: DetectorSettings, folder: Path | None = None) -> Bundle:
+    """The bundle of a detector's networks, verified; ``folder`` is that of the bundle with these settings.
+
+    Raises BundleError if it is neither packaged nor inside that folder, or not the one that the settings state.
+    """
+    found = _packaged(settings.nets) or (None if folder is None else _below(folder, settings.nets))
+    if found is None:
+        raise BundleError(
+            f"detector.nets is {settings.nets!r}; it must be the name of a packaged detector (mtcnn), or of a folder "
+            "with a bundle.json inside the bundle's own",
+            path=folder or "",
+            stage="bundle",
+        )
+    nets = Bundle.load(found)
+    if settings.digest is not None and settings.digest != nets.digest:
+        raise BundleError(
+            f"the detector's networks {settings.nets!r} have digest {nets.digest[:12]}..., detector.digest states "
+            f"{settings.digest[:12]}...; use the networks, or the dfengine, that the bundle was made with",
+            path=folder or "",
+            stage="bundle",
+        )
+    return nets
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
@@ -300,8 +351,7 @@ def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find(bundle: PathLikeStr) -> Path:
-    packaged = PACKAGED / bundle if isinstance(bundle, str) and Path(bundle).name == bundle else None
-    if packaged is not None and (packaged / "bundle.json").is_file():
+    if isinstance(bundle, str) and (packaged := _packaged(bundle)):
         return packaged
     folder = Path(bundle)
     if not folder.is_dir():
@@ -312,3 +362,17 @@ def _find(bundle: PathLikeStr) -> Path:
             stage="bundle",
         )
     return folder
+
+
+def _packaged(name: str) -> Path | None:
+    folder = PACKAGED / name
+    return folder if Path(name).name == name and (folder / "bundle.json").is_file() else None
+
+
+def _below(folder: Path, name: str) -> Path | None:
+    """A bundle in a folder below this one; not this one itself, which could name itself for ever."""
+    try:
+        found = (folder / name).resolve()
+        return found if folder.resolve() in found.parents and (found / "bundle.json").is_file() else None
+    except (OSError, ValueError, RuntimeError):  # a NUL in the name, a link to itself
+        return None

@@ -61,7 +61,7 @@ class Engine:
         self._open: Shared | None = Shared(
             bundle=self.bundle,
             device=opened,
-            detector=Detector(self.bundle.detector, device=opened, threads=self.cores),
+            detector=Detector(self.bundle.detector, folder=self.bundle.folder, device=opened, threads=self.cores),
             backbone=Backbone(self.bundle, device=opened, threads=self.cores),
             decoders=decoders,
             why_no_decoders=why_no_decoders,

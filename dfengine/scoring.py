@@ -21,7 +21,7 @@ from dfengine.stages.decode import DecoderPool, Video, open_video
 from dfengine.stages.detect import DETECTOR_BYTES, Detector
 from dfengine.stages.people import People
 from dfengine.timing import Watch
-from dfengine.types import F64, I64, Array, ErrorInfo, Frames, PathLikeStr, Plan, Tracks, VideoScore
+from dfengine.types import F64, I64, VERSION, Array, ErrorInfo, Frames, PathLikeStr, Plan, Tracks, VideoScore
 
 log = logging.getLogger("dfengine")
 
@@ -53,6 +53,7 @@ class Draft:
     mode: str
     bundle: str
     bundle_digest: str
+    detector_digest: str
     device: str
     runtime: str
     decoder: str = ""
@@ -80,6 +81,8 @@ class Draft:
             mode=self.mode,
             bundle=self.bundle,
             bundle_digest=self.bundle_digest,
+            detector_digest=self.detector_digest,
+            dfengine_version=VERSION,
             device=self.device,
             runtime=self.runtime,
             decoder=self.decoder,
@@ -108,6 +111,7 @@ class Scoring:
             mode=plan.sampling.mode,
             bundle=shared.bundle.name,
             bundle_digest=shared.bundle.digest,
+            detector_digest=shared.bundle.detector.digest or "",
             device=shared.device.name,
             runtime=shared.device.runtime,
         )

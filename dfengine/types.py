@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
@@ -24,6 +25,9 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
+
+
+VERSION = metadata.version("dfengine")
 
 
 class DeviceMemory(Protocol):
@@ -267,10 +271,11 @@ class VideoScore:
     ``p_fake`` is the probability that a face in the video was manipulated, in [0, 1]; it is None unless ``status``
     is "ok". "Could not tell" is a status, never 0.5. ``logit`` is log(p / (1 - p)) of the calibrated score.
     ``timings`` are wall-clock seconds by stage. ``sampling`` (the text of a policy), ``mode`` and the keys of
-    ``members`` say what was spent on it; ``bundle_digest`` is that of the Bundle. ``runtime`` is what ran the networks,
+    ``members`` say what was spent on it; ``bundle_digest`` and ``detector_digest`` are those of the Bundle
+    and of its detector's networks. ``runtime`` is what ran the networks,
     with the reason where it was not the first choice; ``fallback_reason`` says why a video was decoded on the CPU
-    although there is a GPU. ``request`` is set in batches only: a hash of the file's path, size and time of change and
-    of what was asked for; a resumed run skips rows with the same one.
+    although there is a GPU. ``request`` is set in batches only: a hash of the file's path, size and time of change, of
+    what was asked for and of what it is made with; a resumed run skips rows with the same one.
     """
 
     path: str
@@ -287,6 +292,8 @@ class VideoScore:
     mode: str = ""
     bundle: str = ""
     bundle_digest: str = ""
+    detector_digest: str = ""
+    dfengine_version: str = ""
     device: str = ""
     runtime: str = ""
     decoder: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -20,6 +21,7 @@ import fake_scorers
 import pytest
 from assets import write_bundle
 
+import dfengine
 from dfengine.bundle import Bundle
 from dfengine.errors import DeviceError, OptionError, WorkerCrashed
 from dfengine.jobs.inputs import expand_inputs
@@ -444,6 +446,8 @@ def test_a_file_that_goes_away_during_the_run_is_a_row(bundle: Bundle, tmp_path:
     assert row.error is not None
     assert (row.error.type, row.error.stage, row.path) == ("SourceNotFound", "open", path)
     assert row.bundle_digest == bundle.digest
+    assert row.detector_digest == bundle.detector.digest != ""
+    assert row.dfengine_version == dfengine.__version__
     assert row.request == batch.jobs[0].request
 
 
@@ -505,6 +509,18 @@ def test_a_request_is_about_the_file_and_what_was_asked(bundle: Bundle, tmp_path
     os.utime(path, ns=(1, 1))
     different.append(request())
     assert len({first, *different}) == 1 + len(different)
+
+
+def test_rows_of_another_detector_or_version_are_not_kept(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = make_files(tmp_path, "ok-1")
+    (first,) = Batch([path], bundle=bundle).jobs
+    other = dataclasses.replace(bundle, detector=dataclasses.replace(bundle.detector, digest="0" * 64))
+    (by_another_detector,) = Batch([path], bundle=other).jobs
+    monkeypatch.setattr("dfengine.jobs.run.VERSION", "99.0")
+    (by_another_version,) = Batch([path], bundle=bundle).jobs
+    assert len({first.request, by_another_detector.request, by_another_version.request}) == 3
 
 
 def test_done_jobs_are_left_out(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,17 @@ from dfengine.bundle import (
     DetectorSettings,
     ModelSpec,
     TrackingSettings,
+    load_nets,
     to_json,
 )
 from dfengine.errors import BundleError, BundleNotFound, InferenceError
 from dfengine.runtime import CpuDevice
 from dfengine.sampling import Policy
+from dfengine.stages.detect import Detector
 
 WEIGHTS = b"stands for an ONNX file: loading a bundle does not parse it"
 CROP_FIELDS = {f.name for f in dataclasses.fields(CropSpec)}
+NETS = hashlib.sha256((PACKAGED / "mtcnn" / "bundle.json").read_bytes()).hexdigest()
 PACKAGED_NAMES = sorted(p.parent.name for p in PACKAGED.glob("*/bundle.json"))
 
 
@@ -42,7 +46,9 @@ def member(name="m", data=WEIGHTS, **change):
 
 
 def minimal(**change):
-    return {"schema_version": SCHEMA_VERSION, "name": "tiny", "licence": "MIT", "members": [member()]} | change
+    detector = {"digest": NETS} | change.pop("detector", {}) if isinstance(change.get("detector", {}), dict) else []
+    data = {"schema_version": SCHEMA_VERSION, "name": "tiny", "licence": "MIT", "members": [member()]}
+    return data | {"detector": detector} | change
 
 
 def write(folder: Path, data, files=("m.onnx",)) -> Path:
@@ -61,7 +67,7 @@ def test_the_least_a_bundle_says(tmp_path):
     bundle = Bundle.load(write(tmp_path, minimal()))
     assert bundle.folder == tmp_path
     assert bundle.members == (ModelSpec(**member() | {"crop": CropSpec(input_hw=(8, 6))}),)
-    assert bundle.detector == DetectorSettings()
+    assert bundle.detector == DetectorSettings(digest=NETS)
     assert bundle.tracking == TrackingSettings()
     assert bundle.onnx_bytes(bundle.member("m")) == WEIGHTS
     assert Bundle.load(bundle) is bundle
@@ -152,6 +158,7 @@ def test_version_1_still_loads(tmp_path):
     bundle = Bundle.load(write(tmp_path, VERSION_1))
     crop = CropSpec(input_hw=(8, 6), mean=(0.5, 0.25, 0.0), margin_ratio=0.3, padding="zero")
     sha256 = hashlib.sha256(WEIGHTS).hexdigest()
+    assert bundle.detector == DetectorSettings(digest=NETS)
     assert bundle.members == (ModelSpec(name="m", file="m.onnx", sha256=sha256, kind="clip", crop=crop, clip_frames=3),)
     stored = json.loads(to_json(bundle))
     assert stored["schema_version"] == SCHEMA_VERSION
@@ -190,12 +197,13 @@ FULL = Bundle(
     provenance={"command": "python", "seeds": [1, 2]},
     sampling=Policy("every", 6, 17, 2.5),
     sampling_mode="exact",
+    detector=DetectorSettings(digest=NETS),
     calibration=Calibration(temperature=1.5, bias=0.1),
 )
 # Values that are false, and not the default.
 ZEROS = dataclasses.replace(
     FULL,
-    detector=DetectorSettings(dark_below=0.0),
+    detector=DetectorSettings(dark_below=0.0, digest=NETS),
     tracking=TrackingSettings(max_gap_frames=0, min_motion=0.0, min_detected_ratio=0.0),
 )
 
@@ -441,6 +449,76 @@ def test_no_such_member(tmp_path):
     bundle = Bundle.load(write(tmp_path, minimal()))
     with pytest.raises(BundleError, match="there is no member 'x' in the bundle"):
         bundle.member("x")
+
+
+# -- the detector's networks -------------------------------------------------------------------------------------------
+
+
+def own_nets(folder: Path) -> str:
+    """Puts another detector into a bundle's folder, at "nets"; returns its digest."""
+    shutil.copytree(PACKAGED / "mtcnn", folder / "nets")
+    text = (folder / "nets" / "bundle.json").read_bytes() + b"\n"
+    (folder / "nets" / "bundle.json").write_bytes(text)
+    return hashlib.sha256(text).hexdigest()
+
+
+def test_a_bundle_states_its_detectors_networks(tmp_path):
+    data = minimal()
+    del data["detector"]
+    with pytest.raises(BundleError, match=r"detector.digest is missing: the sha256 of the bundle.json"):
+        Bundle.load(write(tmp_path, data))
+    for name in PACKAGED_NAMES:
+        bundle = Bundle.load(name)
+        assert bundle.detector.digest == (NETS if bundle.scorers else None)
+
+
+def test_what_writes_a_bundle_states_them(tmp_path):
+    unsaid = dataclasses.replace(FULL, detector=DetectorSettings())
+    assert same(Bundle.load(write(tmp_path, to_json(unsaid).encode())), FULL)
+
+
+def test_other_networks_than_those_stated_are_refused(tmp_path):
+    bundle = Bundle.load(write(tmp_path, minimal(detector={"digest": "0" * 64})))
+    message = (
+        r"the detector's networks 'mtcnn' have digest .*, detector.digest states 000000000000\.\.\.; use the networks"
+    )
+    with pytest.raises(BundleError, match=message):
+        load_nets(bundle.detector, bundle.folder)
+    with pytest.raises(BundleError, match=message):
+        Detector(bundle.detector, folder=bundle.folder)
+
+
+def test_networks_in_the_bundles_own_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    digest = own_nets(folder)
+    bundle = Bundle.load(write(folder, minimal(detector={"nets": "nets", "digest": digest})))
+    monkeypatch.chdir(tmp_path)  # not the folder that it is found from
+    assert load_nets(bundle.detector, bundle.folder).folder == folder / "nets"
+    Detector(bundle.detector, folder=bundle.folder)
+    assert json.loads(to_json(bundle))["detector"]["digest"] == digest
+    old = Bundle.load(write(folder, VERSION_1 | {"detector": {"nets": "nets"}}))
+    assert old.detector.digest == digest
+    (folder / "nets" / "pnet.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"member 'pnet': .* has sha256"):
+        load_nets(bundle.detector, bundle.folder)
+
+
+@pytest.mark.parametrize("nets", ["../nets", "nets", ".", "", "gone", "nul\0", "loop", "{outside}"])
+def test_networks_from_elsewhere_are_refused(tmp_path, monkeypatch, nets):
+    """Neither beside the bundle, nor in the current folder, nor the bundle itself."""
+    own_nets(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    nets = nets.format(outside=tmp_path / "nets")
+    folder = write(tmp_path / "bundle", minimal(detector={"nets": nets}))
+    (folder / "loop").symlink_to("loop")
+    bundle = Bundle.load(folder)
+    message = r"detector.nets is .*; it must be the name of a packaged detector \(mtcnn\), or of a folder .* inside"
+    with pytest.raises(BundleError, match=message):
+        load_nets(bundle.detector, bundle.folder)
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(write(folder, VERSION_1 | {"detector": {"nets": nets}}))
+    with pytest.raises(BundleError, match=message):
+        load_nets(bundle.detector)
 
 
 # -- no code is executed -----------------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ def test_rotated_files_are_scored_upright(engine: Engine, clips: dict[str, Path]
 def test_to_dict_is_json_with_the_fields_of_the_contract(alone: dict[str, VideoScore]) -> None:
     fields = [
         "path", "status", "p_fake", "logit", "error", "warnings", "tracks", "members", "frames_decoded",
-        "frames_scored", "sampling", "mode", "bundle", "bundle_digest", "device", "runtime", "decoder",
-        "fallback_reason", "timings", "request",
+        "frames_scored", "sampling", "mode", "bundle", "bundle_digest", "detector_digest",
+        "dfengine_version", "device", "runtime", "decoder", "fallback_reason", "timings", "request",
     ]  # fmt: skip
     for score in alone.values():
         data = score.to_dict()
@@ -450,6 +450,8 @@ def test_a_plan_changes_what_one_video_gets(
     assert stages[-1] == ""
     assert (alone["face"].sampling, alone["face"].mode) == (SEVEN, "reference")
     assert alone["face"].bundle_digest == engine.bundle.digest != ""
+    assert alone["face"].detector_digest == Bundle.load("mtcnn").digest
+    assert alone["face"].dfengine_version == dfengine.__version__
     assert_same(engine.score(clips["face"]), alone["face"], tolerance=TOLERANCE["backbone", "float32"])
 
 

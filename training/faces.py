@@ -253,7 +253,7 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 def _check_settings(out: Path, settings: ExtractSettings) -> None:
     file, text = out / "settings.json", json.dumps(to_plain(settings), indent=2) + "\n"
-    if file.exists() and file.read_text() != text:
+    if file.exists() and _stored_settings(file) != settings:
         raise OptionError(
             "the faces here were found with other settings than those asked for; use another folder, or remove "
             "this one",
@@ -264,6 +264,14 @@ def _check_settings(out: Path, settings: ExtractSettings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
         partial.write_text(text)
+
+
+def _stored_settings(file: Path) -> ExtractSettings | None:
+    """None if they are of another version of this package."""
+    try:
+        return from_plain(ExtractSettings, json.loads(file.read_text()))
+    except (TypeError, ValueError):
+        return None
 
 
 # -- many items --------------------------------------------------------------------------------------------------------

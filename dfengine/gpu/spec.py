@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dfengine.bundle import Bundle, DetectorSettings, ModelSpec
+from dfengine.bundle import Bundle, DetectorSettings, ModelSpec, load_nets
 from dfengine.errors import OptionError
 from dfengine.gpu.precision import RECIPE, to_float16
 from dfengine.runtime.contract import input_shapes
@@ -79,7 +79,7 @@ class EngineSpec:
     @classmethod
     def all_of(cls, bundle: Bundle, *, precision: GpuPrecision) -> list[EngineSpec]:
         """The engines of all networks that scoring with a bundle takes: its detector's, then its members'."""
-        detector = Bundle.load(bundle.detector.nets) if any(m.kind != "detector" for m in bundle.members) else bundle
+        detector = load_nets(bundle.detector, bundle.folder) if bundle.scorers else bundle
         of_detector = [
             cls.of_member(detector, m.name, precision=precision, detector=bundle.detector) for m in detector.members
         ]

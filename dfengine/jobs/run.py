@@ -18,7 +18,7 @@ from dfengine.jobs.inputs import make_jobs
 from dfengine.jobs.supervisor import Stop, Supervisor
 from dfengine.jobs.wire import Scorer, Setup
 from dfengine.machine import default_workers, usable_cores
-from dfengine.types import PathLikeStr, VideoScore
+from dfengine.types import VERSION, PathLikeStr, VideoScore
 
 log = logging.getLogger("dfengine")
 
@@ -63,7 +63,8 @@ class Batch:
             self.deadline = Deadline(time_limit_seconds, [step.cost for step in self.steps])
         self._make_scorer = make_scorer
         self._stop = Stop()
-        answer = [self.bundle.digest, *dataclasses.astuple(asked), self.deadline is not None]
+        made_with = [VERSION, self.bundle.digest, self.bundle.detector.digest]
+        answer = [*made_with, *dataclasses.astuple(asked), self.deadline is not None]
         self.jobs, self.repeated = make_jobs(paths, answer)
 
     @property

@@ -26,7 +26,7 @@ from dfengine.jobs.deadline import Deadline, Step
 from dfengine.jobs.inputs import Job
 from dfengine.jobs.wire import Ready, Setup, StartFailed, Task
 from dfengine.jobs.worker import Died, Process, Scored, Worker
-from dfengine.types import ErrorInfo, VideoScore
+from dfengine.types import VERSION, ErrorInfo, VideoScore
 
 log = logging.getLogger("dfengine")
 
@@ -315,6 +315,8 @@ class Supervisor:
             mode=plan.sampling.mode if worker else "",
             bundle=self._setup.bundle.name,
             bundle_digest=self._setup.bundle.digest,
+            detector_digest=self._setup.bundle.detector.digest or "",
+            dfengine_version=VERSION,
             device=self._device,
             timings=worker.timings if worker else {},
             request=attempt.job.request,

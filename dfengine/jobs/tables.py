@@ -17,8 +17,8 @@ from dfengine.types import VideoScore
 # The flat columns, in order.
 COLUMNS = (
     "path", "status", "p_fake", "logit", "error_type", "error_stage", "error_message", "warnings", "people",
-    "frames_decoded", "frames_scored", "members", "sampling", "mode", "bundle", "device", "decoder", "seconds",
-    "request",
+    "frames_decoded", "frames_scored", "members", "sampling", "mode", "bundle", "detector_digest", "dfengine_version",
+    "device", "decoder", "seconds", "request",
 )  # fmt: skip
 
 # What is in the columns that hold no text.
@@ -63,6 +63,8 @@ def to_row(score: VideoScore) -> Row:
         "sampling": score.sampling,
         "mode": score.mode,
         "bundle": score.bundle,
+        "detector_digest": score.detector_digest,
+        "dfengine_version": score.dfengine_version,
         "device": score.device,
         "decoder": score.decoder,
         "seconds": round(sum(score.timings.values(), 0.0), 4),

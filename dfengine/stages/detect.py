@@ -11,12 +11,13 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dfengine.bundle import Bundle, DetectorSettings
+from dfengine.bundle import DetectorSettings, load_nets
 from dfengine.runtime import CpuDevice, Device, run_or_halve
 from dfengine.stages import _boxes
 from dfengine.stages.kernels import crop_resize, pyramid, to_host
@@ -71,11 +72,21 @@ class Cutter:
 
 
 class Detector:
-    """The cascade, compiled for a device, to run on up to ``threads`` cores at a time. Thread-safe."""
+    """The cascade, compiled for a device, to run on up to ``threads`` cores at a time. Thread-safe.
 
-    def __init__(self, settings: DetectorSettings, *, device: Device | None = None, threads: int = 1) -> None:
+    ``folder``: that of the bundle with these settings, if there is one. Raises BundleError.
+    """
+
+    def __init__(
+        self,
+        settings: DetectorSettings,
+        *,
+        folder: Path | None = None,
+        device: Device | None = None,
+        threads: int = 1,
+    ) -> None:
         device = CpuDevice() if device is None else device
-        nets = Bundle.load(settings.nets)
+        nets = load_nets(settings, folder)
         self.settings = settings
         self._dtype = device.dtype
         self._pnet, self._rnet, self._onet = (
