@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from dfengine.bundle import Bundle
 from dfengine.devices import open_decoders, open_device
-from dfengine.errors import OptionError
+from dfengine.errors import BundleError, OptionError
 from dfengine.machine import default_workers, usable_cores
 from dfengine.runtime import Device
 from dfengine.sampling import Policy, Sampling, parse_mode
@@ -109,8 +109,15 @@ class Engine:
         """Scores one video on all cores. What is wrong with the file is in the result; nothing is raised for it.
 
         ``plan``: more or less work than the engine's own (``engine.plan``). ``on_stage`` is called with the name of
-        each stage that begins or goes on, "" between two.
+        each stage that begins or goes on, "" between two. Raises OptionError for a plan with unknown members, or none.
         """
+        if plan is not None:
+            known = self.plan.members
+            if not plan.members or not set(plan.members) <= set(known):
+                raise OptionError(
+                    f"the plan's members are {list(plan.members)}; give one or more of those of the bundle that score: "
+                    f"{', '.join(known)}"
+                )
         return self._score(path, self.cores, plan, on_stage)
 
     def stream(self, paths: Iterable[PathLikeStr], *, ordered: bool = False) -> Iterator[VideoScore]:
@@ -147,10 +154,19 @@ class Engine:
 
 
 def make_plan(bundle: Bundle, *, frames: str | int | None = None, mode: str | None = None) -> Plan:
-    """What is asked for: the bundle's own sampling where nothing is given, and all members. Raises OptionError."""
+    """What is asked for: the bundle's own sampling where nothing is given, and all members that score.
+
+    Raises OptionError, and BundleError if no member scores.
+    """
+    if not bundle.scorers:
+        raise BundleError(
+            f"{bundle.name!r} has no member that scores; it is a detector, for detector.nets of other bundles",
+            path=bundle.folder,
+            stage="bundle",
+        )
     policy = Policy.parse(str(frames)) if frames is not None else bundle.sampling
     sampling = Sampling(policy, parse_mode(mode) if mode is not None else bundle.sampling_mode)
-    return Plan(sampling, members=tuple(m.name for m in bundle.members))
+    return Plan(sampling, members=tuple(m.name for m in bundle.scorers))
 
 
 def _take_done(pending: list[Future[VideoScore]], ordered: bool) -> list[VideoScore]:

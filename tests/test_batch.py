@@ -23,7 +23,7 @@ from assets import write_bundle
 
 import dfengine
 from dfengine.bundle import Bundle
-from dfengine.errors import DeviceError, OptionError, WorkerCrashed
+from dfengine.errors import BundleError, DeviceError, OptionError, WorkerCrashed
 from dfengine.jobs.inputs import expand_inputs
 from dfengine.jobs.run import Batch
 from dfengine.jobs.wire import Setup, Task
@@ -509,6 +509,11 @@ def test_a_request_is_about_the_file_and_what_was_asked(bundle: Bundle, tmp_path
     os.utime(path, ns=(1, 1))
     different.append(request())
     assert len({first, *different}) == 1 + len(different)
+
+
+def test_a_detector_is_no_bundle_to_score_with() -> None:
+    with pytest.raises(BundleError, match="'mtcnn' has no member that scores; it is a detector"):
+        Batch(["clip.mp4"], bundle="mtcnn", device="cpu")
 
 
 def test_rows_of_another_detector_or_version_are_not_kept(

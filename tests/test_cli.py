@@ -126,6 +126,7 @@ def test_out_writes_a_file_as_well(folder: Path) -> None:
     ("words", "message"),
     [
         (["score", "clips/face.mp4", "--bundle", "nowhere"], "nowhere: there is no such bundle"),
+        (["score", "clips/face.mp4", "--bundle", "mtcnn"], "'mtcnn' has no member that scores; it is a detector"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--device", "cuda"], "device 'cuda' cannot be had"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--device", "tpu"], "device must be one of auto, cpu, cuda"),
         (["score", "clips/face.mp4", "--bundle", "bundle", "--frames", "some"], "sampling policy 'some'"),

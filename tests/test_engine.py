@@ -19,7 +19,7 @@ from conftest import TOLERANCE
 import dfengine
 from dfengine import Engine, VideoScore
 from dfengine.bundle import Bundle
-from dfengine.errors import BundleNotFound, DeviceError, OptionError
+from dfengine.errors import BundleError, BundleNotFound, DeviceError, OptionError
 from dfengine.runtime import CpuDevice
 from dfengine.sampling import Sampling
 from dfengine.stages.detect import Detector
@@ -407,6 +407,17 @@ def test_bad_options_are_refused(bundle: Path, options: dict[str, object], messa
     with pytest.raises(OptionError) as caught:
         Engine(bundle, **options)
     assert message in str(caught.value)
+
+
+def test_a_detector_is_no_bundle_to_score_with() -> None:
+    with pytest.raises(BundleError, match="'mtcnn' has no member that scores; it is a detector"):
+        Engine("mtcnn")
+
+
+@pytest.mark.parametrize("members", [(), ("typo",), ("mean", "typo"), ("pnet",)])
+def test_a_plan_of_unknown_members_is_refused(engine: Engine, clips: dict[str, Path], members: tuple[str, ...]) -> None:
+    with pytest.raises(OptionError, match=r"the plan's members are \[.*\]; give one or more .* that score: mean"):
+        engine.score(clips["face"], plan=Plan(Sampling.parse(SEVEN), members))
 
 
 def test_cuda_cannot_be_had(bundle: Path) -> None:

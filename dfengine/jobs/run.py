@@ -31,7 +31,7 @@ class Batch:
     ``timeout_seconds``: for each video, by default by its size. ``time_limit_seconds``: for the whole run, counted from
     now. A file that is named twice is scored once: ``jobs`` are the different ones, ``repeated`` the number of others.
 
-    Raises BundleError, DeviceError or OptionError.
+    Raises BundleError, also for a bundle without a member that scores, DeviceError or OptionError.
     """
 
     def __init__(
