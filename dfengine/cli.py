@@ -114,7 +114,7 @@ def score(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
 ) -> None:
-    """Score videos. Exit code 0: all answered; 1: some failed (each is a row); 2: usage, output; 130: interrupted."""
+    """Score videos. Exit code 0: all answered; 1: some failed (as rows); 2: usage, output, a defect; 130: stopped."""
     _set_up_logging(verbose)
     batch = Batch(
         expand_inputs(_read_stdin(), patterns=False) if paths == ["-"] else expand_inputs(paths),
@@ -139,12 +139,7 @@ def score(
                 advance(result)
         output.finish(complete=not batch.interrupted)
     show.end()
-    if not quiet and not json:
-        _print_notes(batch, summary, len(output.done))
-    if batch.interrupted:
-        _print_how_to_resume(output.path)
-        raise typer.Exit(INTERRUPTED)
-    raise typer.Exit(SOME_FAILED if output.failed else OK)
+    raise typer.Exit(_conclude(batch, summary, output, notes=not quiet and not json))
 
 
 @app.command(name="compile")
@@ -297,6 +292,20 @@ def _close_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _conclude(batch: Batch, summary: Summary, output: Output, *, notes: bool) -> int:
+    """Says what there is to say at the end; the exit code."""
+    defect = "" if output.done else summary.defect
+    if notes and not defect:
+        _print_notes(batch, summary, len(output.done))
+    if batch.interrupted:
+        _print_how_to_resume(output.path)
+        return INTERRUPTED
+    if defect:
+        print(f"dfengine: error: {defect}", file=sys.stderr)
+        return USAGE
+    return SOME_FAILED if output.failed else OK
+
+
 def _print_notes(batch: Batch, summary: Summary, skipped: int) -> None:
     """What a person wants to know besides the rows."""
     lines: list[tuple[str, str]] = []
@@ -325,9 +334,17 @@ def _print_how_to_resume(rows: Path | None) -> None:
     if rows is None:
         print("interrupted; with --out FILE a run can be resumed", file=sys.stderr)
         return
-    program = [sys.executable, "-m", "dfengine"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
-    command = [*program, *(w for w in sys.argv[1:] if w != "--resume"), "--resume"]
-    print(f"interrupted; the rows so far are in {rows}; go on with:\n  {shlex.join(command)}", file=sys.stderr)
+    command = shlex.join(_resume_command(sys.argv))
+    print(f"interrupted; the rows so far are in {rows}; go on with:\n  {command}", file=sys.stderr)
+
+
+def _resume_command(argv: list[str]) -> list[str]:
+    """The same command with --resume, which stands in front: behind "--" it would be the name of a file."""
+    program = [sys.executable, "-m", "dfengine"] if argv[0].endswith("__main__.py") else argv[:1]
+    start = argv.index("score") + 1
+    end = argv.index("--") if "--" in argv else len(argv)
+    options = [word for word in argv[start:end] if word != "--resume"]
+    return [*program, *argv[1:start], "--resume", *options, *argv[end:]]
 
 
 def _common_folder(paths: list[str]) -> str:

@@ -8,6 +8,9 @@ from dfengine.stages.decode import DecoderPool
 
 DEVICES = ("auto", "cpu", "cuda")
 
+# The GPU that a run gets: the first that CUDA_VISIBLE_DEVICES shows.
+ORDINAL = 0
+
 
 def resolve_device(device: str) -> str:
     """Turns "auto" into what this machine has, "cpu" or "cuda". Raises DeviceError or OptionError."""
@@ -29,7 +32,12 @@ def open_device(device: str) -> Device:
         return CpuDevice()
     from dfengine.gpu.device import GpuDevice
 
-    return GpuDevice()
+    return GpuDevice(ordinal=ORDINAL)
+
+
+def device_name(device: str) -> str:
+    """What rows call the device that ``open_device`` opens for what ``resolve_device`` has returned."""
+    return device if device == "cpu" else f"{device}:{ORDINAL}"
 
 
 def open_decoders(device: Device) -> tuple[DecoderPool | None, str]:

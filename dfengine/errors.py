@@ -45,6 +45,7 @@ __all__ = [
     "WorkerCrashed",
     "display_path",
     "first_line",
+    "is_known",
 ]
 
 
@@ -71,6 +72,12 @@ def first_line(error: BaseException) -> str:
     lines = [line for line in lines if line]
     reasons = (line for line in lines if not line.endswith(":") and line not in _PREFACES)
     return next(reasons, lines[0] if lines else type(error).__name__)
+
+
+def is_known(kind: str) -> bool:
+    """Whether the type of an error in a row is one that is raised on purpose; all others are defects of dfengine."""
+    known = globals().get(kind)
+    return kind == "MemoryError" or (isinstance(known, type) and issubclass(known, DfengineError))
 
 
 class DfengineError(Exception):

@@ -288,6 +288,7 @@ def test_on_a_gpu_crashes_and_hangs_cost_only_their_own_videos(
     got = {n: r.error.type if r.error else r.status for n, r in rows.items()}
     expected = {"SIGSEGV": "WorkerCrashed", "hang": "VideoTimeout", "error": "DecodeError"}
     assert got == {n: expected.get(n.split("-")[0], "ok") for n in names}
+    assert {rows[n].device for n in ("SIGSEGV-0", "hang-0")} == {"cuda:0"}, "as the engine calls it"
 
 
 def test_on_a_gpu_a_hang_is_no_fault_of_its_neighbours(

@@ -22,6 +22,7 @@ import pytest
 from assets import FACE, write_bundle, write_clip
 
 import dfengine
+from dfengine import cli
 from dfengine.jobs.tables import COLUMNS
 
 
@@ -301,6 +302,52 @@ def test_an_interrupted_run_says_how_to_go_on(folder: Path, many: Path, number: 
         labels = {r["filename"]: r["label"] for r in csv.DictReader(file)}
     assert labels == {Path(r["path"]).name: r["p_fake"] or "0.5" for r in rows}
     assert not (folder / f"{name}.journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["score", "a", "--out", "x.csv"], ["score", "--resume", "a", "--out", "x.csv"]),
+        (["score", "a", "--resume", "--out", "x.csv"], ["score", "--resume", "a", "--out", "x.csv"]),
+        (["score", "--out", "x.csv", "--", "-odd.mp4"], ["score", "--resume", "--out", "x.csv", "--", "-odd.mp4"]),
+        (
+            ["score", "--resume", "--out=x.csv", "--", "--resume"],
+            ["score", "--resume", "--out=x.csv", "--", "--resume"],
+        ),
+    ],
+)
+def test_the_command_that_goes_on(words: list[str], again: list[str]) -> None:
+    assert cli._resume_command(["dfengine", *words]) == ["dfengine", *again]
+
+
+DEFECT = """
+from dfengine.stages.detect import Detector
+
+def detect(*args, **more):
+    raise ZeroDivisionError("a defect")
+
+Detector.detect = detect
+"""
+
+
+def test_a_defect_that_hits_every_video_ends_the_run_in_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DEFECT)
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(folder / "clips" / "face.mp4", tmp_path / name)
+    words = ["a.mp4", "b.mp4", "--bundle", str(folder / "bundle"), "--json", "--out", "out.jsonl"]
+    done = run(tmp_path, "score", *words, PYTHONPATH=str(tmp_path))
+    expected = (
+        b"dfengine: error: all 2 videos failed, the first with ZeroDivisionError: unexpected: a defect; please report"
+    )
+    assert done.stderr.startswith(expected)
+    assert len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+    assert len(done.stdout.splitlines()) == 2, "they are rows all the same"
+    some = run(tmp_path, "score", *words, "nothing.mp4", PYTHONPATH=str(tmp_path))
+    assert (some.returncode, some.stderr) == (1, b"")
+    told = run(tmp_path, "score", *words, "--verbose", PYTHONPATH=str(tmp_path))
+    assert b"Traceback" in told.stderr
+    assert b"ZeroDivisionError: a defect" in told.stderr
 
 
 def test_a_time_limit_with_every_kind_of_file(folder: Path, many: Path) -> None:

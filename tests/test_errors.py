@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from dfengine.errors import InferenceError, first_line
+from dfengine.errors import InferenceError, first_line, is_known
 from dfengine.runtime.openvino import OpenVinoSession
 
 
@@ -61,3 +61,12 @@ def test_openvino_says_what_is_wrong_with_a_batch() -> None:
 )
 def test_first_line(text: str, line: str) -> None:
     assert first_line(ValueError(text)) == line
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [("DecodeError", True), ("WorkerCrashed", True), ("MemoryError", True), ("ZeroDivisionError", False),
+     ("DfengineError", True), ("ValueError", False), ("first_line", False), ("", False)],
+)  # fmt: skip
+def test_errors_that_are_no_defects(kind: str, known: bool) -> None:
+    assert is_known(kind) == known

@@ -104,19 +104,27 @@ def _feed(channel: Channel, tasks: list[queue.SimpleQueue[Task]]) -> None:
 
 
 def _prepare(channel: Channel, log_level: int) -> None:
-    logging.basicConfig(level=log_level, handlers=[_ToParent(channel)])
-    if log_level <= logging.INFO:
+    is_verbose = log_level <= logging.INFO
+    logging.basicConfig(level=log_level, handlers=[_ToParent(channel, tracebacks=is_verbose)])
+    if is_verbose:
         faulthandler.enable()  # where a native crash happened, for the report of it
     with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write(str(OOM_SCORE_ADJ))
 
 
 class _ToParent(logging.Handler):
-    def __init__(self, channel: Channel) -> None:
+    """``tracebacks``: of a defect that costs a video its score. Its row says the rest, so that without tracebacks
+    nothing is sent: a defect may hit every video.
+    """
+
+    def __init__(self, channel: Channel, *, tracebacks: bool) -> None:
         super().__init__()
+        self._tracebacks = tracebacks
         self.setFormatter(logging.Formatter("%(message)s"))  # the parent's handlers add the rest
         self._channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and not self._tracebacks:
+            return
         with suppress(OSError):
             self._channel.send(Log(record.name, record.levelno, self.format(record)))

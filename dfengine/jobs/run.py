@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from dfengine.bundle import Bundle
-from dfengine.devices import resolve_device
+from dfengine.devices import device_name, resolve_device
 from dfengine.engine import make_plan
 from dfengine.errors import OptionError
 from dfengine.jobs.child import engine_scorer
@@ -88,7 +88,7 @@ class Batch:
         with Supervisor(
             jobs,
             self._setup(1 if self.device == "cpu" else workers),
-            device=self.device,
+            device=device_name(self.device),
             workers=workers,
             steps=self.steps,
             deadline=self.deadline,
