@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dfengine.bundle import Bundle
 from dfengine.devices import open_decoders, open_device
 from dfengine.errors import BundleError, OptionError
-from dfengine.machine import default_workers, usable_cores
+from dfengine.machine import default_workers, threads_each, usable_cores
 from dfengine.runtime import Device
 from dfengine.sampling import Policy, Sampling, parse_mode
 from dfengine.scoring import Scoring, Shared
@@ -129,7 +129,7 @@ class Engine:
         if self.workers == 1:
             yield from map(self.score, paths)
             return
-        threads = max(1, self.cores // self.workers)
+        threads = threads_each(self.cores, self.workers)
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="dfengine")
         pending: list[Future[VideoScore]] = []
         try:

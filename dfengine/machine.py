@@ -17,6 +17,11 @@ def default_workers(on_gpu: bool, cores: int) -> int:
     return GPU_WORKERS if on_gpu else cores
 
 
+def threads_each(cores: int, videos: int) -> int:
+    """Threads for each of ``videos`` that are in work at a time."""
+    return max(1, cores // videos)
+
+
 def usable_cores() -> int:
     """Cores that this process may run on: those it is bound to, or what a container's quota amounts to, if less."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

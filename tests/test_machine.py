@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dfengine import info, machine
-from dfengine.machine import default_workers, usable_cores
+from dfengine.machine import default_workers, threads_each, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,8 @@ def test_info_tells_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(info, "usable_cores", lambda: 3)
     assert info.build_info()["cores"] == 3
     assert info.devices()["cpu"].endswith(", 3 cores")
+
+
+@pytest.mark.parametrize(("cores", "videos", "threads"), [(8, 1, 8), (8, 3, 2), (8, 8, 1), (2, 16, 1)])
+def test_videos_share_the_cores(cores: int, videos: int, threads: int) -> None:
+    assert threads_each(cores, videos) == threads

@@ -17,7 +17,7 @@ from dfengine.jobs.deadline import Deadline, Step, ladder
 from dfengine.jobs.inputs import make_jobs
 from dfengine.jobs.supervisor import Stop, Supervisor
 from dfengine.jobs.wire import Scorer, Setup
-from dfengine.machine import default_workers, usable_cores
+from dfengine.machine import default_workers, threads_each, usable_cores
 from dfengine.types import VERSION, PathLikeStr, VideoScore
 
 log = logging.getLogger("dfengine")
@@ -100,7 +100,7 @@ class Batch:
     def _setup(self, workers: int) -> Setup:
         # By all jobs, not by those that are left: decoding of damaged videos may depend on the number of threads, and a
         # resumed run must give what an unbroken one does.
-        threads = max(1, usable_cores() // min(self.workers, len(self.jobs)))
+        threads = threads_each(usable_cores(), min(self.workers, len(self.jobs)))
         return Setup(self.bundle, self.device, threads, self._make_scorer, workers, log.getEffectiveLevel())
 
     def stop(self) -> None:
