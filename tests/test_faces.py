@@ -30,7 +30,7 @@ from dfengine.stages.decode import open_video  # noqa: E402
 from dfengine.types import Image  # noqa: E402
 from training import faces  # noqa: E402
 from training.faces import ExtractSettings, draw_contact_sheet, extract  # noqa: E402
-from training.labels import LabelsError, read_items  # noqa: E402
+from training.labels import LabelsError, PersonPattern, read_items  # noqa: E402
 from training.table import SCHEMA, DataError, FaceTable  # noqa: E402
 
 FEW = ExtractSettings(sampling=Policy.parse("uniform:4"))
@@ -205,15 +205,30 @@ def test_photos(astronaut: np.ndarray, tmp_path: Path) -> None:
     PilImage.fromarray(astronaut).save(source / "Ann_1.png")
     PilImage.fromarray(astronaut[300:]).save(source / "suit.png")
     (source / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
-    table = extract(source, tmp_path / "faces", split="train", workers=1)
+    named = PersonPattern(r"^([A-Za-z]+)")
+    table = extract(source, tmp_path / "faces", split="train", person=named, workers=1)
     assert set(table.failures) == {"broken.jpg", "suit.png"}
     assert table.failures["broken.jpg"].startswith("InputError: the photo cannot be read")
     upright, turned = (table.rows_by_video()[name][0] for name in ("Ann_1.png", "Ann_2.png"))
     np.testing.assert_allclose(table.box[turned], table.box[upright], atol=1.5)
     np.testing.assert_array_equal(table.read_crop(turned).shape, table.read_crop(upright).shape)
-    assert table.source_id[upright] == table.source_id[turned] == "ann"
+    assert table.source_id[upright] == table.source_id[turned] == "Ann"
     assert table.label[upright] == 0
     assert pq.read_table(table.folder / "faces.parquet")["label"].null_count == 4
+
+
+def test_photos_of_two_folders_and_one_person(astronaut: np.ndarray, tmp_path: Path) -> None:
+    for folder, file in (("a", "eileen_1.png"), ("b", "eileen_2.png")):
+        (tmp_path / folder).mkdir()
+        PilImage.fromarray(astronaut).save(tmp_path / folder / file)
+    command = [str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "faces"), "--workers", "1"]
+    faces.main([*command, "--person", r"([a-z]+)_\d", "--split", "identity:0.5"])
+    table = FaceTable.load(tmp_path / "faces")
+    assert table.path.tolist() == ["a/eileen_1.png", "b/eileen_2.png"]
+    assert table.source == tmp_path.resolve()
+    assert table.source_id.tolist() == ["eileen", "eileen"]
+    assert len(set(table.split_name)) == 1
+    assert set(table.dataset) == {"a", "b"}
 
 
 def test_command_line(clips: Path, table: FaceTable, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.labels import Item, LabelsError, assign_splits, check_disjoint, identity_of, read_items
+from training.labels import Item, LabelsError, PersonPattern, assign_splits, check_disjoint, read_items
 
 
 def touch(root: Path, *files: str) -> Path:
@@ -112,28 +112,88 @@ def test_photos_with_and_without_a_list(tmp_path: Path) -> None:
     files = ("ann/Ann_Lee_0001.jpg", "ann/Ann_Lee_0002.png", "00017.jpg", "notes.txt")
     items = items_of(touch(tmp_path / "plain", *files))
     assert [(i.path, i.label, i.source_id) for i in items.values()] == [
-        ("00017.jpg", None, "00017"),
-        ("ann/Ann_Lee_0001.jpg", None, "ann_lee"),
-        ("ann/Ann_Lee_0002.png", None, "ann_lee"),
+        ("00017.jpg", None, "file 00017.jpg"),
+        ("ann/Ann_Lee_0001.jpg", None, "file ann/Ann_Lee_0001.jpg"),
+        ("ann/Ann_Lee_0002.png", None, "file ann/Ann_Lee_0002.png"),
     ]
+    named = read_items(tmp_path / "plain", PersonPattern(r"([^/]+?)(?:_\d+)?\.\w+$"))[1]
+    assert [i.source_id for i in named] == ["00017", "Ann_Lee", "Ann_Lee"]
     listed = write_csv(tmp_path / "x", "file,source_dataset\n00017.jpg,mine\n", *files, name="index.csv")
     assert [(i.path, i.dataset) for i in items_of(listed).values()] == [("00017.jpg", "mine")]
 
 
+def test_an_index_says_who_is_shown(tmp_path: Path) -> None:
+    text = "file,person,source,licence\na.jpg,ann,here,CC0\nb.jpg,ann;bob,here,CC0\nc.jpg,,there,\nd.jpg,bob,there,\n"
+    root = write_csv(tmp_path, text, "a.jpg", "b.jpg", "c.jpg", "d.jpg", name="index.csv")
+    found = items_of(root)
+    assert [i.source_id for i in found.values()] == ["ann", "ann", "file c.jpg", "ann"]
+    assert [i.dataset for i in found.values()] == ["here", "here", "there", "there"]
+    pattern = PersonPattern(r"(\w)\.jpg")
+    assert read_items(root, pattern)[1][2].source_id == "c", "of whom the list says nothing"
+    assert read_items(root, pattern)[1][3].source_id == "ann", "the list comes first"
+
+
+# How the photos of the packaged default are named: numbers of people in one set, names in the other. Those who sat in
+# both houses are not always written alike, so everybody with one surname counts as one.
+PORTRAITS = r"_front_(?P<london>\d+)_|^us-(?:house|senate)/(?:.*-)?(?P<congress>[^-/]+)\.jpg$"
+
+
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("pattern", "file", "person"),
     [
-        ("us-house/ben-ray-lujan.jpg", "us-senate/ben-lujan.jpg", True),
-        ("us-house/jacky-rosen.jpg", "us-senate/jacky-rosen.jpg", True),
-        ("webmorphR.stim/inst_neutral_front_018_03.jpg", "webmorphR.stim/inst_smiling_front_018_08.jpg", True),
-        ("webmorphR.stim/inst_neutral_front_018_03.jpg", "webmorphR.stim/inst_neutral_front_019_03.jpg", False),
-        ("us-house/al-green.jpg", "us-house/chip-roy.jpg", False),
-        ("lfw/Ann_Lee/Ann_Lee_0001.jpg", "lfw/Ann_Lee/Ann_Lee_0012.jpg", True),
-        ("ffhq/00001.png", "ffhq/00002.png", False),
+        (PORTRAITS, "us-house/ben-ray-lujan.jpg", "congress-lujan"),
+        (PORTRAITS, "us-senate/ben-lujan.jpg", "congress-lujan"),
+        (PORTRAITS, "us-house/cher.jpg", "congress-cher"),
+        (PORTRAITS, "webmorphR.stim/inst_neutral_front_018_03.jpg", "london-018"),
+        (PORTRAITS, "webmorphR.stim/inst_smiling_front_018_08.jpg", "london-018"),
+        (r"([^/]+)_\d+\.", "lfw/Ann_Lee/Ann_Lee_0012.jpg", "Ann_Lee"),
+        (r"^(.+)/", "vgg/n001/7.jpg", "vgg/n001"),
     ],
 )
-def test_identity_of(one: str, other: str, same: bool) -> None:
-    assert (identity_of(one) == identity_of(other)) is same
+def test_a_pattern_names_people(pattern: str, file: str, person: str) -> None:
+    assert PersonPattern(pattern).find(file) == person
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"(", r"the pattern of people '\(' is no regular expression"),
+        (r"\d+", r"has no group; put the person in brackets"),
+        (r"(\d+)", r"finds nobody in 'a\.jpg'; widen it, or list the people in an index\.csv"),
+    ],
+)
+def test_patterns_that_cannot_be_used(tmp_path: Path, pattern: str, message: str) -> None:
+    with pytest.raises(LabelsError, match=message):
+        read_items(touch(tmp_path, "a.jpg"), PersonPattern(pattern))
+
+
+def test_a_person_in_two_folders_is_in_one_split(tmp_path: Path) -> None:
+    names = [f"p{i}" for i in range(40)]
+    folders = []
+    for folder, own in (("here", names), ("there", names[::2])):
+        text = "file,source_id\n" + "".join(f"{folder}-{n}.jpg,{n}\n" for n in own)
+        files = [f"{folder}-{n}.jpg" for n in own]
+        folders.append(write_csv(tmp_path / folder / "photos", text, *files, name="index.csv"))
+    touch(tmp_path / "here/photos/../../videos", "a.mp4", "b.mp4")
+    (tmp_path / "videos/labels.csv").write_text("file,label,original,source_id\na.mp4,REAL,,p3\nb.mp4,FAKE,a.mp4,\n")
+    root, found = read_items([*folders, tmp_path / "videos"])
+    assert root == tmp_path.resolve()
+    assert len(found) == 40 + 20 + 2
+    by_path = {item.path: item for item in found}
+    assert by_path["there/photos/there-p4.jpg"].source_id == by_path["here/photos/here-p4.jpg"].source_id == "p4"
+    assert by_path["videos/b.mp4"].original == "videos/a.mp4"
+    assert by_path["videos/b.mp4"].source_id == by_path["here/photos/here-p3.jpg"].source_id
+    splits = assign_splits(found, "identity:0.3:0.2")
+    assert {"train", "val", "test"} == set(splits)
+    of_person: dict[str, set[str]] = {}
+    for item, split in zip(found, splits, strict=True):
+        of_person.setdefault(item.source_id, set()).add(split)
+    assert all(len(s) == 1 for s in of_person.values())
+
+
+def test_one_folder_given_twice(tmp_path: Path) -> None:
+    with pytest.raises(LabelsError, match=r"'a\.jpg' is in two of the folders that were given; give each once"):
+        read_items([touch(tmp_path, "a.jpg"), tmp_path])
 
 
 def test_the_real_sets_are_read(data_dir: Path) -> None:
@@ -141,6 +201,13 @@ def test_the_real_sets_are_read(data_dir: Path) -> None:
     portraits = read_items(data_dir / "portraits")[1]
     assert len(portraits) == 929
     assert all(item.label is None for item in portraits)
+    portraits = read_items(data_dir / "portraits", PersonPattern(PORTRAITS))[1]
+    assert len({item.source_id for item in portraits}) == 734
+    both = read_items([data_dir / "portraits", data_dir / "faces"], PersonPattern(PORTRAITS))[1]
+    assert len(both) == 929 + 897
+    stated = {item.source_id for item in both if item.path.startswith("faces/")}
+    assert "alex-adams" in stated
+    assert not any(s.startswith("file ") for s in stated)
 
 
 # -- what is wrong with a list -----------------------------------------------------------------------------------------

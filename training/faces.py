@@ -1,4 +1,4 @@
-"""Videos or photos -> face crops and one table: ``python -m training.faces SOURCE --out DIR``.
+"""Videos or photos -> face crops and one table: ``python -m training.faces SOURCE... --out DIR``.
 
     DIR/faces.parquet    one row a face, or a video that failed (``failure`` says why); see training.table
     DIR/crops/           PNG, the face with a wide margin, at the size it has in the frame
@@ -49,7 +49,7 @@ from dfengine.stages.detect import Detector
 from dfengine.stages.people import People
 from dfengine.types import F32, Frames, Image
 
-from .labels import Item, assign_splits, read_items
+from .labels import Item, PersonPattern, assign_splits, read_items
 from .table import FACE_FIELDS, SCHEMA, FaceTable
 
 # The largest face of a portrait fills 27 % of it at least; looking for faces below 15 % would only find patterns.
@@ -74,11 +74,12 @@ class ExtractSettings:
 
 
 def extract(
-    source: Path,
+    source: Path | Sequence[Path],
     out: Path,
     settings: ExtractSettings = ExtractSettings(),
     *,
     split: str = "identity:0.15",
+    person: PersonPattern | None = None,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FaceTable:
@@ -87,7 +88,7 @@ def extract(
     ``workers``: processes, one thread each; by default one a core. The table does not depend on them. Raises
     LabelsError and OptionError before anything is done; a file that fails becomes a row.
     """
-    root, items = read_items(source)
+    root, items = read_items(source, person)
     splits = assign_splits(items, split)
     _check_settings(out, settings)
     parts = {item: out / "parts" / f"{_key(item)}.parquet" for item in items}
@@ -366,12 +367,13 @@ def draw_contact_sheet(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.faces", description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="a folder of videos or photos, or a labels.csv")
+    parser.add_argument("source", type=Path, nargs="+", help="folders of videos or photos, or a labels.csv")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, help="take frames, mode, detector and tracking from its [bundle]")
     parser.add_argument("--frames", help="uniform:17 (the default), every:6, every:10:17, every:1@2 (two seconds)")
     parser.add_argument("--mode", help="exact, reference (the default) or keyframe")
     parser.add_argument("--split", default="identity:0.15", help="identity:V[:T], folders:41-49, given, or one split")
+    parser.add_argument("--person", help="a regular expression: who is shown, by the path of a photo; see labels.py")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument("--contact-sheet", action="store_true", help="also write DIR/contact_sheet.png")
     args = parser.parse_args(arguments)
@@ -390,6 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 args.out,
                 settings,
                 split=args.split,
+                person=PersonPattern(args.person) if args.person else None,
                 workers=args.workers,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             )

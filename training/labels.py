@@ -10,10 +10,14 @@
     original_sequences, manipulated_sequences
                      FaceForensics++: .../youtube/c23/videos/004.mp4 and .../Deepfakes/c23/videos/004_982.mp4, also
                      actors and DeepFakeDetection; splits/{train,val,test}.json if they are there
-    index.csv        photos of real faces; the columns of labels.csv, ``label`` not needed
+    index.csv        photos of real faces; the columns of labels.csv, ``label`` not needed. ``source_id`` (or
+                     ``person``) says who is shown, ``dataset`` (or ``source``, ``source_dataset``) where a photo comes
+                     from; ``licence`` and the like are read past
     photos           the same without a list
 
-Files that share a source belong together: ``Item.source_id`` names the group, and a split never divides one.
+Files that share a source belong together: ``Item.source_id`` names the group, and a split never divides one. A photo of
+which nobody says whom it shows is a person of its own: give a column, or a pattern that finds the person in the path
+(PersonPattern). Several folders are one set, and a name means the same person in all of them.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import csv
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,9 +40,12 @@ PHOTO_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 
 _LABELS = {"0": 0, "REAL": 0, "1": 1, "FAKE": 1}
 _COLUMNS = ("file", "label", "source_id", "original", "dataset", "split")
-_ALIASES = {"source_dataset": "dataset"}
+_ALIASES = {"source_dataset": "dataset", "source": "dataset", "person": "source_id"}
 # Columns that say where a file came from or what it holds. They are read past; anything else may be a slip.
-_INFORMATIVE = {"author", "codec", "commit", "duration_s", "fps", "height", "licence", "path", "repo", "url", "width"}
+_INFORMATIVE = {
+    "author", "change", "codec", "commit", "duration_s", "face_px", "fps", "height", "licence", "path", "repo",
+    "sha256_of_original", "url", "width",
+}  # fmt: skip
 
 
 class LabelsError(DfengineError, ValueError):
@@ -62,8 +70,61 @@ class Item:
         return Path(self.path).suffix.lower() in PHOTO_SUFFIXES
 
 
-def read_items(source: Path) -> tuple[Path, tuple[Item, ...]]:
-    """(root, its items by path). Raises LabelsError, also when a file that is listed is missing."""
+class PersonPattern:
+    """A regular expression that finds, anywhere in a photo's path, who is shown: the first group that matched.
+
+    ``([^/]+)_\\d+\\.`` makes Ann_Lee of lfw/Ann_Lee/Ann_Lee_0002.jpg, ``^(.+)/`` a person of each folder. A name of the
+    group comes before: ``_front_(?P<london>\\d+)_`` makes london-018, so that numbers of several sets stay apart.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        """Raises LabelsError."""
+        try:
+            self._expression = re.compile(pattern)
+        except re.error as error:
+            raise LabelsError(f"the pattern of people {pattern!r} is no regular expression ({error})") from None
+        if not self._expression.groups:
+            raise LabelsError(f"the pattern of people {pattern!r} has no group; put the person in brackets")
+
+    def find(self, file: str) -> str:
+        """Raises LabelsError if it does not match."""
+        match = self._expression.search(file)
+        if match is None or match.lastindex is None:
+            raise LabelsError(
+                f"the pattern of people {self._expression.pattern!r} finds nobody in {file!r}; widen it, or list the "
+                "people in an index.csv"
+            )
+        number = next(i for i in range(1, self._expression.groups + 1) if match[i] is not None)
+        name = next((name for name, i in self._expression.groupindex.items() if i == number), None)
+        return f"{name}-{match[number]}" if name else match[number]
+
+
+def read_items(source: Path | Sequence[Path], person: PersonPattern | None = None) -> tuple[Path, tuple[Item, ...]]:
+    """(root, its items by path) of one folder or list, or of several as one set, whose root holds them all.
+
+    ``person`` names who is shown in photos of which no list says it. Raises LabelsError, also when a file that is
+    listed is missing.
+    """
+    sources = [source] if isinstance(source, Path) else list(source)
+    found = [_read_source(s, person) for s in sources]
+    root, items = found[0]
+    if len(found) > 1:
+        root = Path(os.path.commonpath([folder.resolve() for folder, _ in found]))
+        items = [_below_root(item, folder.resolve().relative_to(root)) for folder, own in found for item in own]
+        paths = [item.path for item in items]
+        if len(set(paths)) < len(paths):
+            twice = next(p for p in paths if paths.count(p) > 1)
+            raise LabelsError(f"{twice!r} is in two of the folders that were given; give each once", path=root)
+    return root, tuple(sorted(_name_sources(items), key=lambda item: item.path))
+
+
+def _below_root(item: Item, folder: Path) -> Item:
+    original = None if item.original is None else (folder / item.original).as_posix()
+    return replace(item, path=(folder / item.path).as_posix(), original=original)
+
+
+def _read_source(source: Path, person: PersonPattern | None) -> tuple[Path, list[Item]]:
+    """(root, its items), which have no ``source_id`` yet."""
     if source.suffix.lower() == ".csv" and source.is_file():
         root, listed, items = source.parent, source, _read_csv(source, photos=False)
     elif not source.is_dir():
@@ -73,7 +134,12 @@ def read_items(source: Path) -> tuple[Path, tuple[Item, ...]]:
     if not items:
         raise LabelsError("nothing is listed: add a row for each file", path=listed)
     _check_paths(root, listed, items)
-    return root, tuple(sorted(_name_sources(items), key=lambda item: item.path))
+    if person is not None:
+        items = [
+            replace(item, identities=(person.find(item.path),)) if item.label is None and not item.identities else item
+            for item in items
+        ]
+    return root, items
 
 
 def assign_splits(items: Sequence[Item], rule: str) -> tuple[str, ...]:
@@ -131,7 +197,7 @@ def _read_folder(root: Path) -> tuple[Path, list[Item]]:
         return root / "index.csv", _read_csv(root / "index.csv", photos=True)
     photos = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
     if photos:
-        return root, [Item(p.as_posix(), None, root.name, (identity_of(p.as_posix()),)) for p in photos]
+        return root, [Item(p.as_posix(), None, root.resolve().name) for p in photos]
     raise LabelsError(
         "no labels.csv, metadata.json (DFDC), original_sequences (FaceForensics++), index.csv or photos were found "
         "here; write a labels.csv with the columns file and label",
@@ -158,8 +224,6 @@ def _read_csv(path: Path, *, photos: bool) -> list[Item]:
         if original is not None:
             originals.setdefault(original, line)
         named = tuple(s.strip() for s in (row.get("source_id") or "").split(";") if s.strip())
-        if not named and label is None:
-            named = (identity_of(file),)
         if not named and label == 0:
             named = (file,)
         dataset = row.get("dataset") or path.parent.resolve().name
@@ -290,22 +354,6 @@ def _read_faceforensics(root: Path) -> list[Item]:
     if not items:
         raise LabelsError("no .../videos/*.mp4 below original_sequences or manipulated_sequences", path=root)
     return items
-
-
-def identity_of(file: str) -> str:
-    """Who is in a photo, judged by its file name; wrong, if at all, by taking two people for one.
-
-    The Face Research Lab London Set numbers its people (``inst_smiling_front_018_08.jpg`` is person 018). The portraits
-    of the US House and Senate are named after them, but not always in the same form when a person sat in both
-    (``ben-ray-lujan``, ``ben-lujan``), so there everybody with one surname counts as one person. Elsewhere a number at
-    the end counts photos of one person (``Ann_Lee_0002.jpg``); a name that is a number stands for itself.
-    """
-    path = Path(file)
-    if path.parts[0] == "webmorphR.stim":
-        return f"london-{path.stem.split('_')[3]}"
-    if path.parts[0] in ("us-house", "us-senate"):
-        return f"congress-{path.stem.lower().split('-')[-1]}"
-    return re.sub(r"[ _-]*\d+$", "", path.stem).lower() or path.stem
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------
