@@ -435,7 +435,7 @@ def decode_plainly(path: Path, *, skip: str = "DEFAULT") -> list[Decoded]:
     """All frames in the order in which FFmpeg gives them, on one thread, damaged ones left out."""
     frames = []
     with av.open(str(path), **READ_ALL_TITLES) as container:
-        stream = next(s for s in container.streams.video)
+        stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
         stream.codec_context.skip_frame = skip
         for packet in container.demux(stream):
@@ -468,7 +468,7 @@ def packet_times(path: Path) -> NDArray[np.float64]:
         return np.sort(
             [
                 float(p.pts * p.time_base) if p.pts is not None else np.nan
-                for p in container.demux(video=0)
+                for p in container.demux(container.streams.best("video"))
                 if p.size and not p.is_discard
             ]
         )

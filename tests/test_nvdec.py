@@ -23,6 +23,7 @@ from assets import (
     Clip,
     decode_plainly,
     flipped,
+    joined_streams,
     rotated,
     truncated,
     write_clip,
@@ -115,7 +116,8 @@ def check_same(gpu: Decoded, cpu: Decoded) -> None:
 
 
 def check_same_image(gpu: Image, cpu: Image) -> None:
-    assert (gpu.matrix, gpu.full_range, gpu.rotation) == (cpu.matrix, cpu.full_range, cpu.rotation)
+    assert (gpu.matrix, gpu.full_range, gpu.transfer) == (cpu.matrix, cpu.full_range, cpu.transfer)
+    assert (gpu.rotation, gpu.mirrored, gpu.pixel_aspect) == (cpu.rotation, cpu.mirrored, cpu.pixel_aspect)
     assert (gpu.subsampling_xy, gpu.upright_hw) == (cpu.subsampling_xy, cpu.upright_hw)
     shift = gpu.bit_depth - cpu.bit_depth  # P016 has its bits at the top
     assert shift in (0, 4, 6)
@@ -269,12 +271,39 @@ def test_a_typical_clip_of_300_frames_costs_half_of_them(made: MakeClip) -> None
     assert got.count <= 160
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotation(made: MakeClip, tmp_path: Path, degrees: int) -> None:
+def test_orientation(made: MakeClip, tmp_path: Path, degrees: int, mirrored: bool) -> None:
     path = tmp_path / "turned.mp4"
-    path.write_bytes(rotated(made(H264_KEYS).read_bytes(), degrees))
+    path.write_bytes(rotated(made(H264_KEYS).read_bytes(), degrees, mirrored=mirrored))
     got = Rig().decode(path, "uniform:3", "reference")
-    assert {i.rotation for i in got.images} == {degrees}
+    assert {(i.rotation, i.mirrored) for i in got.images} == {(degrees, mirrored)}
+    check_same(got, on_cpu(path, "uniform:3", "reference"))
+
+
+HDR = x265(
+    "hdr.mp4", "keyint=12:transfer=smpte2084:colorprim=bt2020:colormatrix=bt2020nc", pix_fmt="yuv420p10le", frames=24
+)
+WIDE = x264("wide.mp4", "keyint=12:sar=4/3", frames=24)
+
+
+@pytest.mark.parametrize("clip", [HDR, WIDE], ids=str)
+def test_hdr_and_the_shape_of_pixels(made: MakeClip, clip: Clip) -> None:
+    got = Rig().decode(made(clip), "uniform:3", "reference")
+    assert (got.name, got.fallback_reason) == ("nvdec", "")
+    assert {(i.transfer, i.pixel_aspect) for i in got.images} == {("pq", 1.0) if clip is HDR else ("sdr", 4 / 3)}
+    check_same(got, on_cpu(made(clip), "uniform:3", "reference"))
+
+
+@pytest.mark.parametrize("frames", [0, 1, 24])
+def test_of_several_streams_the_one_that_is_scored_is_decoded(made: MakeClip, tmp_path: Path, frames: int) -> None:
+    other = x265(f"other_{max(frames, 1)}.mp4", "keyint=12", wh=(96, 80), frames=max(frames, 1))
+    parts = [(made(other), 0 if frames > 1 else 1), (made(H264_KEYS), 1 if frames > 1 else 0)]
+    path = joined_streams(tmp_path / "both.mkv", parts, empty=() if frames else (0,))
+    got = Rig().decode(path, "uniform:3", "reference")
+    assert (got.name, got.fallback_reason) == ("nvdec", "")
+    assert {i.upright_hw for i in got.images} == {(120, 160)}
+    assert len(got.warnings) == (frames > 1)
     check_same(got, on_cpu(path, "uniform:3", "reference"))
 
 

@@ -280,8 +280,7 @@ class Video:
     def _read_packets(self) -> Packets:
         """Reads all packets without decoding any: the times, not the header, say what is in the file."""
         read = self._read()
-        ranked = rank(self._container)
-        self._chosen = choose(ranked, read.count).index
+        self._chosen = choose(rank(self._container), read.count).index
         if self._chosen != self._stream.index:
             self._kept = []
             self._open_again()
@@ -314,7 +313,8 @@ class Video:
         trusted = timed and any(name in self._container.format.name for name in _TRUSTED_KEYS)
         packets = Packets(times, np.array(read.is_key, bool) & trusted, is_shown, timeline, stated, timed)
         packets.warnings = tuple(warnings)
-        packets.notes = tuple(note for note in (passed_over(ranked, self._chosen, read.count),) if note)
+        others = passed_over(rank(self._container), self._chosen, read.count)
+        packets.notes = (others,) if others else ()
         return packets
 
     def _read(self) -> _Read:
