@@ -46,10 +46,13 @@ bench: $(VENV)/dev.stamp
 
 # The default bundle, from photos alone: make train-default PHOTOS=path/to/portraits (see training/README.md). The same
 # command goes on where it was stopped. OPTIONS="--set train.epochs=1" and the like change the recipe.
+# PERSON tells who is in a photo where the folder has no index of people: by default as the portraits are named that the
+# packaged bundle was trained on (training/README.md).
+PERSON ?= --person '_front_(?P<london>\d+)_|^us-(?:house|senate)/(?:.*-)?(?P<congress>[^-/]+)\.jpg$$'
 RUNS ?= runs
 BUNDLE ?= dfengine/bundles/default
 train-default: $(VENV)/dev.stamp
-	$(BIN)/python -m training.faces $(PHOTOS) --out $(RUNS)/faces --split identity:0.06:0.09
+	$(BIN)/python -m training.faces $(PHOTOS) --out $(RUNS)/faces --split identity:0.06:0.09 $(PERSON)
 	$(BIN)/python -m training.train training/recipes/default.toml --faces $(RUNS)/faces --out $(RUNS)/default \
 	  --resume $(OPTIONS)
 	$(BIN)/python -m training.heldout $(RUNS)/default/face144_?/best.safetensors --faces $(RUNS)/faces \

@@ -126,7 +126,7 @@ def score(
         timeout_seconds=parse_duration(timeout) if timeout else None,
         time_limit_seconds=parse_duration(time_limit) if time_limit else None,
     )
-    inputs = {job.request: display_path(job.path) for job in batch.jobs}
+    inputs = {job.fingerprint: display_path(job.path) for job in batch.jobs}
     show = _JsonLines() if json else _Table() if sys.stdout.isatty() else _TabSeparated()
     summary = Summary()
     files = {"out": out, "submission": submission, "missing_label": missing_label, "resume": resume}

@@ -274,7 +274,7 @@ class VideoScore:
     ``members`` say what was spent on it; ``bundle_digest`` and ``detector_digest`` are those of the Bundle
     and of its detector's networks. ``runtime`` is what ran the networks,
     with the reason where it was not the first choice; ``fallback_reason`` says why a video was decoded on the CPU
-    although there is a GPU. ``request`` is set in batches only: a hash of the file's path, size and time of change, of
+    although there is a GPU. ``fingerprint`` is set in batches only: a hash of the file's path, size and time of change, of
     what was asked for and of what it is made with; a resumed run skips rows with the same one.
     """
 
@@ -299,7 +299,7 @@ class VideoScore:
     decoder: str = ""
     fallback_reason: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
-    request: str = ""
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.p_fake is not None):

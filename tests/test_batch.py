@@ -142,8 +142,8 @@ def test_every_video_has_one_row(bundle: Bundle, fakes: Path, tmp_path: Path, wo
     assert {n: r.status for n, r in rows.items()} == dict(
         zip([*names, "ok-gone"], ["ok", "no_face", "error", "ok", "ok", "ok"], strict=True)
     )
-    assert len({r.request for r in rows.values()}) == 6
-    assert all(len(r.request) == 16 for r in rows.values())
+    assert len({r.fingerprint for r in rows.values()}) == 6
+    assert all(len(r.fingerprint) == 16 for r in rows.values())
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_a_file_that_goes_away_during_the_run_is_a_row(bundle: Bundle, tmp_path:
     assert row.bundle_digest == bundle.digest
     assert row.detector_digest == bundle.detector.digest != ""
     assert row.dfengine_version == dfengine.__version__
-    assert row.request == batch.jobs[0].request
+    assert row.fingerprint == batch.jobs[0].fingerprint
 
 
 def test_nothing_to_do_starts_nothing(bundle: Bundle, fakes: Path) -> None:
@@ -493,22 +493,22 @@ def test_a_name_that_no_file_can_have_is_a_row(bundle: Bundle) -> None:
 def test_a_request_is_about_the_file_and_what_was_asked(bundle: Bundle, tmp_path: Path) -> None:
     (path,) = make_files(tmp_path / "v", "ok-1")
 
-    def request(path: str = path, **options: object) -> str:
+    def fingerprint(path: str = path, **options: object) -> str:
         (job,) = Batch([path], **{"bundle": bundle} | options).jobs
-        return job.request
+        return job.fingerprint
 
-    first = request()
-    assert first == request(workers=1, timeout_seconds=5)
-    assert first == request(frames="uniform:8", mode=bundle.sampling_mode), "asked for what is the bundle's own"
+    first = fingerprint()
+    assert first == fingerprint(workers=1, timeout_seconds=5)
+    assert first == fingerprint(frames="uniform:8", mode=bundle.sampling_mode), "asked for what is the bundle's own"
     other_bundle = Bundle.load(write_bundle(tmp_path / "other", sampling="uniform:8", licence="other"))
     different = [
-        request(frames=7), request(mode="exact"), request(time_limit_seconds=60), request(bundle=other_bundle),
-        request(str(tmp_path / "v" / "gone")),
+        fingerprint(frames=7), fingerprint(mode="exact"), fingerprint(time_limit_seconds=60),
+        fingerprint(bundle=other_bundle), fingerprint(str(tmp_path / "v" / "gone")),
     ]  # fmt: skip
     make_files(tmp_path / "v", "ok-1", size=11)
-    different.append(request())
+    different.append(fingerprint())
     os.utime(path, ns=(1, 1))
-    different.append(request())
+    different.append(fingerprint())
     assert len({first, *different}) == 1 + len(different)
 
 
@@ -526,12 +526,12 @@ def test_rows_of_another_detector_or_version_are_not_kept(
     (by_another_detector,) = Batch([path], bundle=other).jobs
     monkeypatch.setattr("dfengine.jobs.run.VERSION", "99.0")
     (by_another_version,) = Batch([path], bundle=bundle).jobs
-    assert len({first.request, by_another_detector.request, by_another_version.request}) == 3
+    assert len({first.fingerprint, by_another_detector.fingerprint, by_another_version.fingerprint}) == 3
 
 
 def test_done_jobs_are_left_out(bundle: Bundle, fakes: Path, tmp_path: Path) -> None:
     batch = Batch(make_files(tmp_path / "v", "ok-1", "ok-2", "ok-3"), bundle=bundle, make_scorer=fake_scorers.make)
-    rows = list(batch.run({batch.jobs[1].request}))
+    rows = list(batch.run({batch.jobs[1].fingerprint}))
     assert sorted(Path(r.path).name for r in rows) == ["ok-1", "ok-3"]
 
 

@@ -159,7 +159,7 @@ def test_to_dict_is_json_with_the_fields_of_the_contract(alone: dict[str, VideoS
     fields = [
         "path", "status", "p_fake", "logit", "error", "warnings", "tracks", "members", "frames_decoded",
         "frames_scored", "sampling", "mode", "bundle", "bundle_digest", "detector_digest",
-        "dfengine_version", "device", "runtime", "decoder", "fallback_reason", "timings", "request",
+        "dfengine_version", "device", "runtime", "decoder", "fallback_reason", "timings", "fingerprint",
     ]  # fmt: skip
     for score in alone.values():
         data = score.to_dict()

@@ -38,19 +38,19 @@ OK = VideoScore(
     device="cpu",
     decoder="pyav",
     timings={"decode": 0.5, "detect": 0.25},
-    request="00",
+    fingerprint="00",
 )
-NO_FACE = VideoScore(path="nobody.mp4", status="no_face", request="11")
+NO_FACE = VideoScore(path="nobody.mp4", status="no_face", fingerprint="11")
 FAILED = VideoScore(
-    path="caf\\xe9.mp4", status="error", error=ErrorInfo("NotAVideo", "open", "line one\nline two"), request="22"
+    path="caf\\xe9.mp4", status="error", error=ErrorInfo("NotAVideo", "open", "line one\nline two"), fingerprint="22"
 )
-GONE = VideoScore(path="gone.mp4", status="error", error=ErrorInfo("SourceNotFound", "open", "gone"), request="33")
+GONE = VideoScore(path="gone.mp4", status="error", error=ErrorInfo("SourceNotFound", "open", "gone"), fingerprint="33")
 ALL = [OK, NO_FACE, FAILED, GONE]
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def inputs_of(scores: list[VideoScore]) -> dict[str, str]:
-    return {score.request: score.path for score in scores}
+    return {score.fingerprint: score.path for score in scores}
 
 
 def write(
@@ -72,7 +72,9 @@ def read(path: Path) -> list[dict[str, object]]:
         rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
     else:
         rows = [json.loads(line) for line in path.read_text("ascii").splitlines()]
-    return [{k: "" if r.get(k) is None else str(r[k]) for k in ("path", "status", "p_fake", "request")} for r in rows]
+    return [
+        {k: "" if r.get(k) is None else str(r[k]) for k in ("path", "status", "p_fake", "fingerprint")} for r in rows
+    ]
 
 
 def names(path: Path) -> list[object]:
@@ -137,7 +139,7 @@ def test_nothing_is_replaced_before_the_first_new_row(
         output.finish(complete=is_whole)
     before = contents(tmp_path)
     assert len(before) == 2
-    other = dataclasses.replace(OK, request="99", p_fake=0.75)
+    other = dataclasses.replace(OK, fingerprint="99", p_fake=0.75)
     files = {"out": path, "submission": tmp_path / "s.csv", "resume": resume}
     for interrupted in (True, False):
         with Output(inputs_of([other, GONE]), **files) as output:
@@ -233,7 +235,7 @@ def test_resuming_what_is_not_there_starts_anew(tmp_path: Path, suffix: str) -> 
     ],
 )  # fmt: skip
 def test_errors_that_may_pass_are_tried_again(tmp_path: Path, suffix: str, error: str, again: bool) -> None:
-    row = VideoScore("x.mp4", "error", error=ErrorInfo(error, "open", "."), request="44")
+    row = VideoScore("x.mp4", "error", error=ErrorInfo(error, "open", "."), fingerprint="44")
     path = tmp_path / f"out{suffix}"
     for finish in (True, False):  # from the table and from the journal
         with Journal(path, inputs_of([row])) as journal:
@@ -251,7 +253,7 @@ def test_errors_that_may_pass_are_tried_again(tmp_path: Path, suffix: str, error
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_row_of_another_request_is_replaced_and_rows_of_other_files_stay(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"out{suffix}", [OK, NO_FACE])
-    changed = dataclasses.replace(OK, request="99", p_fake=0.75)
+    changed = dataclasses.replace(OK, fingerprint="99", p_fake=0.75)
     with Journal(path, inputs_of([changed]), resume=True) as journal:
         assert journal.done == {}
         journal.write(changed)
@@ -342,7 +344,7 @@ DAMAGED_LINES = {
     "a truth": line_with(p_fake=True),
     "no score": line_with(p_fake=None),
     "a list as path": line_with(path=["x"]),
-    "a list as request": line_with(request=["x"]),
+    "a list as fingerprint": line_with(fingerprint=["x"]),
     "a list as status": line_with(status=["ok"]),
     "a status that there is not": line_with(status="fine"),
     "nothing": line_with(path=None),
@@ -387,7 +389,7 @@ def test_damaged_columns_are_said_or_do_not_matter(tmp_path: Path, suffix: str, 
         return
     with Journal(path, inputs_of(ALL), resume=True) as journal:
         for score in ALL:
-            if score.request not in journal.done:
+            if score.fingerprint not in journal.done:
                 journal.write(score)
         journal.finish()
     assert len(read(path)) == 4
@@ -405,7 +407,7 @@ def test_long_fields_of_a_csv_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [bytes(range(256)) * 9, b'path,status,p_fake,request\n"x', b"\xe9", b"a,b\n1,2,3,4\n", b"path\n\0\n"]
+    "content", [bytes(range(256)) * 9, b'path,status,p_fake,fingerprint\n"x', b"\xe9", b"a,b\n1,2,3,4\n", b"path\n\0\n"]
 )
 def test_damaged_csv(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "out.csv").write_bytes(content)
@@ -517,8 +519,8 @@ def test_a_folder_that_goes_away_is_noticed(tmp_path: Path, suffix: str) -> None
 def test_a_submission_is_complete_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "sub.csv"
     inputs = {"00": "b/z.mp4", "11": "a.mp4", "22": "b/m.mp4"}
-    ok = VideoScore("b/z.mp4", "ok", p_fake=0.125, request="00")
-    failed = VideoScore("a.mp4", "error", error=ErrorInfo("DecodeError", "", ""), request="11")
+    ok = VideoScore("b/z.mp4", "ok", p_fake=0.125, fingerprint="00")
+    failed = VideoScore("a.mp4", "error", error=ErrorInfo("DecodeError", "", ""), fingerprint="11")
     with Output(inputs, submission=path) as output:
         assert path.read_text() == "filename,label\na.mp4,0.5\nm.mp4,0.5\nz.mp4,0.5\n"
         output.write(ok)
@@ -531,7 +533,7 @@ def test_a_submission_is_complete_at_every_moment(tmp_path: Path, monkeypatch: p
     with Output(inputs, submission=path, missing_label=0.25, resume=True) as output:
         assert output.done == {"00": ("ok", 0.125), "11": ("error", None)}
         assert path.read_text() == "filename,label\na.mp4,0.5\nm.mp4,0.5\nz.mp4,0.125\n"
-        output.write(VideoScore("b/m.mp4", "no_face", request="22"))
+        output.write(VideoScore("b/m.mp4", "no_face", fingerprint="22"))
         assert path.read_text() == "filename,label\na.mp4,0.25\nm.mp4,0.25\nz.mp4,0.125\n"
         output.finish(complete=True)
     assert path.read_text() == "filename,label\na.mp4,0.25\nm.mp4,0.25\nz.mp4,0.125\n"
@@ -561,7 +563,7 @@ def test_a_table_that_somebody_has_edited(tmp_path: Path) -> None:
         writer.writerows(rows)
     with Journal(path, inputs_of(ALL), resume=True) as journal:
         for score in ALL:
-            if score.request not in journal.done:
+            if score.fingerprint not in journal.done:
                 journal.write(score)
         journal.finish()
     with path.open(newline="") as file:

@@ -54,11 +54,11 @@ def _videos_in(folder: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """One video to score. ``request`` is explained in VideoScore."""
+    """One video to score. ``fingerprint`` is explained in VideoScore."""
 
     path: str
     size_bytes: int
-    request: str
+    fingerprint: str
 
 
 def make_jobs(paths: Iterable[str], asked: Sequence[Any]) -> tuple[list[Job], int]:

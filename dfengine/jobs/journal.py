@@ -46,8 +46,8 @@ class Done(NamedTuple):
 class Journal(AbstractContextManager["Journal"]):
     """The file of results of one run: append with ``write``, complete with ``finish``.
 
-    ``inputs``: path (as in the rows) by request, in the order that a table shall have. With ``resume``, ``done`` has
-    the requests that need not be made again, and their answers; without, what is there is replaced, in both cases not
+    ``inputs``: path (as in the rows) by fingerprint, in the order that a table shall have. With ``resume``, ``done`` has
+    the fingerprints that need not be made again, and their answers; without, what is there is replaced, in both cases not
     before the first new row is there. Without a ``table`` the journal serves to resume alone, and stays.
 
     Raises OptionError for a file that cannot be had, here; OutputError for a disk that is full or a folder that is
@@ -123,17 +123,17 @@ class Journal(AbstractContextManager["Journal"]):
     def _find_done(self) -> None:
         """The last row of each path stays, but those to be made anew."""
         keep: dict[str, int] = {}  # line by path
-        requested = {path: request for request, path in self._inputs.items()}
+        asked = {path: fingerprint for fingerprint, path in self._inputs.items()}
         for number, (row, _) in enumerate(self._old_rows()):
-            path, request = row["path"], row["request"]
-            if path not in requested:
+            path, fingerprint = row["path"], row["fingerprint"]
+            if path not in asked:
                 keep[path] = number
-            elif request in self._inputs and _lasts(row):
+            elif fingerprint in self._inputs and _lasts(row):
                 keep[path] = number
-                self.done[request] = Done(row["status"], row["p_fake"])
+                self.done[fingerprint] = Done(row["status"], row["p_fake"])
             else:
                 keep.pop(path, None)
-                self.done.pop(requested[path], None)
+                self.done.pop(asked[path], None)
         self._kept = set(keep.values())
 
     def _begin(self, first: bytes) -> None:
@@ -194,12 +194,12 @@ class Journal(AbstractContextManager["Journal"]):
             at = 0
             for line in file:
                 row = json.loads(line)
-                if row["request"] in self._inputs:
-                    places[row["request"]] = at
+                if row["fingerprint"] in self._inputs:
+                    places[row["fingerprint"]] = at
                 else:
                     others.append(at)
                 at += len(line)
-            for place in (*others, *(places[request] for request in self._inputs if request in places)):
+            for place in (*others, *(places[fingerprint] for fingerprint in self._inputs if fingerprint in places)):
                 file.seek(place)
                 yield json.loads(file.readline())
 

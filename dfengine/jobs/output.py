@@ -16,7 +16,7 @@ from dfengine.types import VideoScore
 class Output(AbstractContextManager["Output"]):
     """Everything a run writes to files: results, a submission, both or nothing.
 
-    ``inputs``: path (as in the rows) by request. ``done``: what an earlier run has answered, by request. ``failed``:
+    ``inputs``: path (as in the rows) by fingerprint. ``done``: what an earlier run has answered, by fingerprint. ``failed``:
     rows with an error so far, those of the earlier run included. A file that is there is not replaced before the first
     new row.
     """
@@ -45,7 +45,7 @@ class Output(AbstractContextManager["Output"]):
         self.done = self._journal.done if self._journal else {}
         self.failed = sum(done.status == "error" for done in self.done.values())
         if self._submission:
-            self._submission.update({inputs[request]: done.p_fake for request, done in self.done.items()})
+            self._submission.update({inputs[fingerprint]: done.p_fake for fingerprint, done in self.done.items()})
             if submission and not submission.exists():
                 self._submission.save()
 

@@ -73,13 +73,13 @@ class Batch:
         return self._stop.wanted
 
     def run(self, done: Collection[str] = ()) -> Iterator[VideoScore]:
-        """Scores all jobs but those whose ``request`` is in ``done``, and yields each row as soon as it is known.
+        """Scores all jobs but those whose ``fingerprint`` is in ``done``, and yields each row as soon as it is known.
 
         With a time limit small files go first, without one the order is that of the input. Ends early only after
         ``stop``. Raises what the workers raise when they start (DeviceError, InferenceError, BundleError), and
         WorkerCrashed if none can be started.
         """
-        jobs = [job for job in self.jobs if job.request not in done]
+        jobs = [job for job in self.jobs if job.fingerprint not in done]
         if self.deadline is not None:
             jobs.sort(key=lambda job: job.size_bytes)
         if not jobs:

@@ -274,7 +274,7 @@ class Supervisor:
         warnings = score.warnings
         if attempt.step:
             warnings += (f"less than asked, to keep the time limit: {self._steps[attempt.step].name}",)
-        return dataclasses.replace(score, warnings=warnings, request=attempt.job.request)
+        return dataclasses.replace(score, warnings=warnings, fingerprint=attempt.job.fingerprint)
 
     def _failed(self, attempt: _Attempt, worker: Worker, kind: str, what: str) -> Iterator[VideoScore]:
         """The first time a video is put aside to be tried alone, the second time its row is made."""
@@ -319,7 +319,7 @@ class Supervisor:
             dfengine_version=VERSION,
             device=self._device,
             timings=worker.timings if worker else {},
-            request=attempt.job.request,
+            fingerprint=attempt.job.fingerprint,
         )
 
 

@@ -18,7 +18,7 @@ from dfengine.types import VideoScore
 COLUMNS = (
     "path", "status", "p_fake", "logit", "error_type", "error_stage", "error_message", "warnings", "people",
     "frames_decoded", "frames_scored", "members", "sampling", "mode", "bundle", "detector_digest", "dfengine_version",
-    "device", "decoder", "seconds", "request",
+    "device", "decoder", "seconds", "fingerprint",
 )  # fmt: skip
 
 # What is in the columns that hold no text.
@@ -27,7 +27,7 @@ _NUMBERS: dict[str, type[float] | type[int]] = {
 }  # fmt: skip
 
 # What a row cannot be without, whatever the format.
-_NEEDED = ("path", "status", "p_fake", "request")
+_NEEDED = ("path", "status", "p_fake", "fingerprint")
 
 PARQUET_ROWS = 1000  # written at a time
 
@@ -68,7 +68,7 @@ def to_row(score: VideoScore) -> Row:
         "device": score.device,
         "decoder": score.decoder,
         "seconds": round(sum(score.timings.values(), 0.0), 4),
-        "request": score.request,
+        "fingerprint": score.fingerprint,
     }
 
 
@@ -80,13 +80,13 @@ def _read_needed(row: Any) -> Row:
     """The values of ``_NEEDED``, as ``to_row`` has them. Raises NoRow."""
     if not isinstance(row, dict) or not row.keys() >= set(_NEEDED):
         raise NoRow
-    path, status, request = (_text(row, name) for name in ("path", "status", "request"))
-    if path is None or request is None or status not in ("ok", "no_face", "error"):
+    path, status, fingerprint = (_text(row, name) for name in ("path", "status", "fingerprint"))
+    if path is None or fingerprint is None or status not in ("ok", "no_face", "error"):
         raise NoRow
     p_fake = _number(row, "p_fake")
     if (status == "ok") != (p_fake is not None) or not 0 <= (p_fake or 0) <= 1:
         raise NoRow(f"p_fake of {reprlib.repr(path)} is {p_fake}, its status {status}")
-    return {"path": path, "status": status, "p_fake": p_fake, "request": request}
+    return {"path": path, "status": status, "p_fake": p_fake, "fingerprint": fingerprint}
 
 
 def _read(row: Row, name: str) -> str | float | None:
@@ -130,7 +130,7 @@ def _no_value(row: Row, name: str) -> NoRow:
 
 
 class Format(ABC):
-    """One kind of file. Rows are dicts with at least path, status, p_fake and request, ready for JSON."""
+    """One kind of file. Rows are dicts with at least path, status, p_fake and fingerprint, ready for JSON."""
 
     columns: tuple[str, ...] = COLUMNS
 
