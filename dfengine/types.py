@@ -271,11 +271,11 @@ class VideoScore:
     ``p_fake`` is the probability that a face in the video was manipulated, in [0, 1]; it is None unless ``status``
     is "ok". "Could not tell" is a status, never 0.5. ``logit`` is log(p / (1 - p)) of the calibrated score.
     ``timings`` are wall-clock seconds by stage. ``sampling`` (the text of a policy), ``mode`` and the keys of
-    ``members`` say what was spent on it; ``bundle_digest`` and ``detector_digest`` are those of the Bundle
-    and of its detector's networks. ``runtime`` is what ran the networks,
-    with the reason where it was not the first choice; ``fallback_reason`` says why a video was decoded on the CPU
-    although there is a GPU. ``fingerprint`` is set in batches only: a hash of the file's path, size and time of change, of
-    what was asked for and of what it is made with; a resumed run skips rows with the same one.
+    ``members`` say what was spent on it; ``bundle_digest`` and ``detector_digest`` are those of the Bundle and of its
+    detector's networks. ``runtime`` is what ran the networks, with the reason where it was not the first choice;
+    ``fallback_reason`` says why a video was decoded on the CPU although there is a GPU. ``fingerprint`` is set in runs
+    over many videos only: a hash of the file's path, size and time of change, of what was asked for and of what it is
+    made with; a resumed run skips rows with the same one.
     """
 
     path: str

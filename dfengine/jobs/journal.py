@@ -46,9 +46,9 @@ class Done(NamedTuple):
 class Journal(AbstractContextManager["Journal"]):
     """The file of results of one run: append with ``write``, complete with ``finish``.
 
-    ``inputs``: path (as in the rows) by fingerprint, in the order that a table shall have. With ``resume``, ``done`` has
-    the fingerprints that need not be made again, and their answers; without, what is there is replaced, in both cases not
-    before the first new row is there. Without a ``table`` the journal serves to resume alone, and stays.
+    ``inputs``: path (as in the rows) by fingerprint, in the order that a table shall have. With ``resume``, ``done``
+    has the fingerprints of rows that need not be made again, and their answers; without, what is there is replaced, in
+    both cases not before the first new row is there. Without a ``table`` the journal serves to resume alone, and stays.
 
     Raises OptionError for a file that cannot be had, here; OutputError for a disk that is full or a folder that is
     gone, and for a file that is not dfengine's.

@@ -16,9 +16,9 @@ from dfengine.types import VideoScore
 class Output(AbstractContextManager["Output"]):
     """Everything a run writes to files: results, a submission, both or nothing.
 
-    ``inputs``: path (as in the rows) by fingerprint. ``done``: what an earlier run has answered, by fingerprint. ``failed``:
-    rows with an error so far, those of the earlier run included. A file that is there is not replaced before the first
-    new row.
+    ``inputs``: path (as in the rows) by fingerprint. ``done``: what an earlier run has answered, by fingerprint.
+    ``failed``: rows with an error so far, those of the earlier run included. A file that is there is not replaced
+    before the first new row.
     """
 
     def __init__(
