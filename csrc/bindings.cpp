@@ -42,8 +42,7 @@ ColorStandard parse_standard(const std::string& value) {
 }
 
 Transfer parse_transfer(const std::string& value) {
-  return parse<Transfer>("transfer", value,
-                         {{"sdr", Transfer::kSdr}, {"pq", Transfer::kPq}, {"hlg", Transfer::kHlg}});
+  return parse<Transfer>("transfer", value, {{"sdr", Transfer::kSdr}, {"pq", Transfer::kPq}, {"hlg", Transfer::kHlg}});
 }
 
 Filter parse_filter(const std::string& value) {

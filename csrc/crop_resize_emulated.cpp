@@ -34,10 +34,11 @@ void crop_resize_emulated(const std::vector<Image>& images, const std::vector<Cr
       for (int tile = 0; tile < tiles; ++tile) {
         std::memset(shared.get(), 0xff, sizeof(TileShared));  // NaN: what is read before it is written shows
         EmulatedThreads threads((box + tile) % 2 == 1);
-        const auto run = options.half ? (launch.hdr ? crop_tile<std::uint16_t, true, EmulatedThreads>
-                                                    : crop_tile<std::uint16_t, false, EmulatedThreads>)
-                                      : (launch.hdr ? crop_tile<float, true, EmulatedThreads>
-                                                    : crop_tile<float, false, EmulatedThreads>);
+        const auto run =
+            options.half
+                ? (launch.hdr ? crop_tile<std::uint16_t, true, EmulatedThreads>
+                              : crop_tile<std::uint16_t, false, EmulatedThreads>)
+                : (launch.hdr ? crop_tile<float, true, EmulatedThreads> : crop_tile<float, false, EmulatedThreads>);
         run(launch, tile, box, *shared, threads);
       }
     }

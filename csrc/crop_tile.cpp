@@ -66,13 +66,13 @@ void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox
                      const CropResizeOptions& options, void* out,
                      const std::function<void(const TileLaunch&, int, int)>& launch) {
   check_crop_resize(images, boxes, options);
-  const auto told = std::make_unique<TileLaunch>();
-  told->norm = make_normalization(options);
-  told->out_h = options.out_h;
-  told->out_w = options.out_w;
-  told->filter = options.filter;
-  told->padding = options.padding;
-  told->hdr = false;
+  const auto arguments = std::make_unique<TileLaunch>();
+  arguments->norm = make_normalization(options);
+  arguments->out_h = options.out_h;
+  arguments->out_w = options.out_w;
+  arguments->filter = options.filter;
+  arguments->padding = options.padding;
+  arguments->hdr = false;
   const std::size_t crop_bytes = std::size_t{3} * options.out_h * options.out_w * (options.half ? 2 : 4);
 
   std::vector<int> place(images.size(), -1);  // of an image in this launch
@@ -80,26 +80,26 @@ void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox
   const auto add_image = [&](std::int32_t index) {  // false if there is no room
     if (place[index] >= 0) return true;
     const ColorMatrix& color = images[index].color;
-    ColorMatrix* const end = told->colors + color_count;
-    ColorMatrix* const same =
-        std::find_if(told->colors, end, [&](const ColorMatrix& c) { return !std::memcmp(&c, &color, sizeof color); });
-    if (image_count == kMaxImages || same - told->colors == kMaxColors) return false;
-    if (same == end) told->colors[color_count++] = color;
-    told->hdr |= color.transfer != Transfer::kSdr;
-    TileImage& image = told->images[image_count];
+    ColorMatrix* const end = arguments->colors + color_count;
+    ColorMatrix* const same = std::find_if(
+        arguments->colors, end, [&](const ColorMatrix& c) { return !std::memcmp(&c, &color, sizeof color); });
+    if (image_count == kMaxImages || same - arguments->colors == kMaxColors) return false;
+    if (same == end) arguments->colors[color_count++] = color;
+    arguments->hdr |= color.transfer != Transfer::kSdr;
+    TileImage& image = arguments->images[image_count];
     image = make_tile_image(images[index], index);
-    image.color = static_cast<std::uint8_t>(same - told->colors);
+    image.color = static_cast<std::uint8_t>(same - arguments->colors);
     place[index] = image_count++;
     return true;
   };
   std::size_t first = 0;
   const auto flush = [&](std::size_t end) {
     if (box_count == 0) return;
-    told->out = static_cast<std::uint8_t*>(out) + first * crop_bytes;
-    launch(*told, tiles, box_count);
+    arguments->out = static_cast<std::uint8_t*>(out) + first * crop_bytes;
+    launch(*arguments, tiles, box_count);
     std::fill(place.begin(), place.end(), -1);
     image_count = color_count = box_count = tiles = 0;
-    told->hdr = false;
+    arguments->hdr = false;
     first = end;
   };
   for (std::size_t n = 0; n < boxes.size(); ++n) {
@@ -110,12 +110,12 @@ void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox
     const Image& image = images[boxes[n].image];
     const CodedCrop crop = make_coded_crop(image, boxes[n], options);
     const int tile_rows = choose_tile_rows(image, crop);
-    told->boxes[box_count++] = {crop.x.begin,
-                                crop.x.length,
-                                crop.y.begin,
-                                crop.y.length,
-                                static_cast<std::uint16_t>(place[boxes[n].image]),
-                                static_cast<std::uint16_t>(tile_rows)};
+    arguments->boxes[box_count++] = {crop.x.begin,
+                                     crop.x.length,
+                                     crop.y.begin,
+                                     crop.y.length,
+                                     static_cast<std::uint16_t>(place[boxes[n].image]),
+                                     static_cast<std::uint16_t>(tile_rows)};
     tiles = std::max(tiles, ceil_div(crop.x.out, kTileColumns) * ceil_div(crop.y.out, tile_rows));
   }
   flush(boxes.size());

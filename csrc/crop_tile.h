@@ -65,7 +65,7 @@ struct TileBox {
   std::uint16_t tile_rows;  // a power of two, at most kTileRows
 };
 
-// What a launch is told. Everything goes by value, so no memory is allocated, copied or shared between streams: the
+// The arguments of a launch. Everything goes by value, so no memory is allocated, copied or shared between streams: the
 // limit is 32,764 bytes (CUDA 12.1 and later, compute capability 7.0 and later). Larger batches take several launches.
 constexpr int kMaxImages = 256;
 constexpr int kMaxBoxes = 640;
@@ -84,7 +84,7 @@ struct TileLaunch {
 };
 static_assert(sizeof(TileLaunch) <= 32764, "larger than the parameters of a kernel may be");
 
-// Calls launch(what it is told, most tiles of any box, boxes) as often as the batch needs. Throws InvalidArgument for
+// Calls launch(arguments, most tiles of any box, boxes) as often as the batch needs. Throws InvalidArgument for
 // what the CPU version can read, but a GPU cannot.
 void for_each_launch(const std::vector<Image>& images, const std::vector<CropBox>& boxes,
                      const CropResizeOptions& options, void* out,
@@ -112,8 +112,11 @@ struct Tile {
   int column0, row0;  // of its first pixel
   int columns, rows;  // it has; `rows` of box.tile_rows, none if there is no such tile
 
-  DF_HD Tile(const TileLaunch& told, int tile_index, int box_of_launch)
-      : launch(told), box(told.boxes[box_of_launch]), image(told.images[box.image]), box_index(box_of_launch) {
+  DF_HD Tile(const TileLaunch& arguments, int tile_index, int box_of_launch)
+      : launch(arguments),
+        box(arguments.boxes[box_of_launch]),
+        image(arguments.images[box.image]),
+        box_index(box_of_launch) {
     const int across = (all_columns() + kTileColumns - 1) / kTileColumns;
     const int width = (all_columns() + across - 1) / across;  // tiles of equal width waste no threads on a narrow last
     column0 = tile_index % across * width;
@@ -448,8 +451,7 @@ DF_HD inline void crop_tile(const TileLaunch& launch, int tile_index, int box_in
 
   const std::int64_t channel = static_cast<std::int64_t>(launch.out_h) * launch.out_w;
   const int orientation = tile.image.orientation;
-  const OutputOrder order =
-      make_output_order((orientation & 4) != 0, orientation & 3, launch.out_h, launch.out_w);
+  const OutputOrder order = make_output_order((orientation & 4) != 0, orientation & 3, launch.out_h, launch.out_w);
   Out* out = static_cast<Out*>(launch.out) + box_index * 3 * channel + order.base + tile.row0 * order.per_row +
              tile.column0 * order.per_column;
   if (!tile.turned()) {

@@ -1,8 +1,8 @@
 // From the colours of HDR to those of SDR, which is what networks were trained on.
 //
-// Light up to diffuse white, which HDR puts at 203 cd/m2 (ITU-R BT.2408), becomes the range of SDR, and what is brighter
-// is clipped: lamps and reflections, never skin. Display light of BT.2020 primaries (the only ones of ITU-R BT.2100)
-// goes to BT.709 ones (the matrix of ITU-R BT.2087, inverted) and through the inverse of ITU-R BT.1886.
+// Light up to diffuse white, which HDR puts at 203 cd/m2 (ITU-R BT.2408), becomes the range of SDR, and what is
+// brighter is clipped: lamps and reflections, never skin. Display light of BT.2020 primaries (the only ones of ITU-R
+// BT.2100) goes to BT.709 ones (the matrix of ITU-R BT.2087, inverted) and through the inverse of ITU-R BT.1886.
 #pragma once
 
 #include <cmath>

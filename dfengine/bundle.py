@@ -109,7 +109,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioSettings:
-    """What a member of kind "audio" hears. See dfengine.stages.audio for how the log-mel is made."""
+    """The sound that a member of kind "audio" takes. See dfengine.stages.audio for how the log-mel is made."""
 
     # 16 kHz, windows of 25 ms every 10 ms, 64 bands from 60 to 7800 Hz: the front end of YouTube's VGGish (Hershey et
     # al. 2017, arXiv:1609.09430, has 125 to 7500 Hz), widened at both ends: synthetic voices differ in the highs.
@@ -159,7 +159,7 @@ class ModelSpec:
     kind: Literal["frame", "clip", "audio", "detector"] = "frame"
     crop: CropSpec = CropSpec()
     clip_frames: Count = 1  # crops a clip; 1 for kind "frame"
-    audio: AudioSettings = AudioSettings()  # only kind "audio" listens
+    audio: AudioSettings = AudioSettings()  # for kind "audio" only
     weight: AboveZero = 1.0
     # bf16: the network may run in bfloat16 where the processor has units for it, about twice as fast. Its logits then
     # depend on the machine, in the third digit.

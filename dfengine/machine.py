@@ -13,7 +13,7 @@ GPU_WORKERS = 16
 
 
 def default_workers(on_gpu: bool, cores: int) -> int:
-    """Videos in work at a time, unless told."""
+    """Videos in work at a time, by default."""
     return GPU_WORKERS if on_gpu else cores
 
 

@@ -22,7 +22,7 @@ VIDEO_SUFFIXES = frozenset(
 
 
 def expand_inputs(paths: Iterable[str], *, patterns: bool = True) -> list[str]:
-    """Files, folders and (unless told otherwise) glob patterns -> files, in the order given, of a folder by name.
+    """Files, folders and (by default) glob patterns -> files, in the order given, of a folder by name.
 
     Nothing is dropped: a folder without videos, an unreadable folder, and a pattern without a match stay in the list,
     so that each becomes a row that says what is wrong with it. Folders that are links are followed, each once.

@@ -30,7 +30,7 @@ from dfengine.types import VERSION, ErrorInfo, VideoScore
 
 log = logging.getLogger("dfengine")
 
-# Time that one video may take, unless told: a minute, and 20 s for each MB. On 16 clips of 0.2 to 4 MB one core of an
+# Time that one video may take by default: a minute, and 20 s for each MB. On 16 clips of 0.2 to 4 MB one core of an
 # AMD EPYC needs .3 to 4 s/MB (mode exact, 17 frames), so that a machine five times slower stays below it.
 TIMEOUT_SECONDS = 60.0
 TIMEOUT_SECONDS_PER_BYTE = 20e-6
@@ -135,7 +135,7 @@ class Supervisor:
                 return
             else:
                 yield from self._hand_out()
-            # All at once: while a row is handed on the clock runs, and nobody listens.
+            # All at once: while a row is handed on the clock runs, and nothing is received.
             yield from [*self._listen(), *self._watch()]
 
     # -- handing out ---------------------------------------------------------------------------------------------------
