@@ -75,7 +75,7 @@ class CpuDecoder:
             for packet in chain((packet for _, packet in numbered), (None,)):
                 try:
                     frames = codec.decode(packet)
-                except av.FFmpegError:
+                except (av.FFmpegError, ValueError):  # ValueError: PyAV 19's, where the codec could not be opened
                     self.damaged += 1
                     continue
                 for frame in frames:
