@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
@@ -54,6 +55,7 @@ class Engine:
             if value is not None and value < 1:
                 raise OptionError(f"{name} must be at least 1, got {value}")
         self.cores = threads or usable_cores()
+        self._process = os.getpid()
         opened = open_device(device) if isinstance(device, str) else device
         decoders, why_no_decoders = open_decoders(opened)
         self.device = opened.name
@@ -84,6 +86,11 @@ class Engine:
     def _shared(self) -> Shared:
         if self._open is None:
             raise RuntimeError("the engine is closed; make a new one")
+        if self._process != os.getpid():  # the threads that run its networks stayed behind: it would wait for ever
+            raise RuntimeError(
+                "the engine was made before this process was forked from another; make one in each process, or start "
+                "processes with multiprocessing's 'spawn'"
+            )
         return self._open
 
     def __enter__(self) -> Engine:
@@ -126,6 +133,11 @@ class Engine:
         ``paths`` is read as far ahead as there are workers, and one more: nothing is yielded before that many were
         given, or ``paths`` has ended.
         """
+        if isinstance(paths, str | bytes | os.PathLike):
+            raise TypeError(f"paths must be several paths, got the one path {paths!r}; write stream([path])")
+        return self._stream(paths, ordered)
+
+    def _stream(self, paths: Iterable[PathLikeStr], ordered: bool) -> Iterator[VideoScore]:
         if self.workers == 1:
             yield from map(self.score, paths)
             return
@@ -150,6 +162,8 @@ class Engine:
         plan: Plan | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> VideoScore:
+        if not isinstance(os.fspath(path), str):
+            raise TypeError(f"a path must be text, got {path!r}; os.fsdecode(path) makes text of it")
         return Scoring(self._shared, path, plan or self.plan, threads=threads, on_stage=on_stage).run()
 
 

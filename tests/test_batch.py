@@ -65,6 +65,16 @@ def test_inputs(tree: Path, typed: list[str], meant: list[str]) -> None:
     assert expand_inputs(typed) == meant
 
 
+def test_what_systems_put_beside_videos_is_passed_over(tmp_path: Path) -> None:
+    names = ["a/clip.mp4", "a/._clip.mp4", "__MACOSX/a/._clip.mp4", "a/@eaDir/clip.mp4", ".Trash-1000/files/clip.mp4"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert expand_inputs([str(tmp_path)]) == [str(tmp_path / "a/clip.mp4")]
+    named = str(tmp_path / "a/._clip.mp4")
+    assert expand_inputs([named]) == [named], "what is named is always tried"
+
+
 def test_links_to_folders_are_followed_once(tree: Path) -> None:
     (tree / "far").mkdir()
     (tree / "far" / "d.mp4").write_bytes(b"x")

@@ -5,7 +5,10 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -583,3 +586,39 @@ def test_assets_hold_what_the_tests_say() -> None:
     assert FACE.wh[0] * FACE.wh[1] * 3 // 2 == FRAME_BYTES
     assert len({FACE.picture(i, *FACE.wh).tobytes() for i in range(12)}) == 12
     assert B_PYRAMID.picture(0, 64, 64).tobytes() != B_PYRAMID.picture(1, 64, 64).tobytes()
+
+
+def test_one_path_is_no_stream(engine: Engine, clips: dict[str, Path]) -> None:
+    for path in (clips["face"], str(clips["face"])):
+        with pytest.raises(
+            TypeError, match=r"paths must be several paths, got the one path .*; write stream\(\[path\]\)"
+        ):
+            engine.stream(path)  # type: ignore[arg-type]
+
+
+def test_bytes_are_no_path(engine: Engine, clips: dict[str, Path]) -> None:
+    with pytest.raises(TypeError, match=r"a path must be text, got b'.*'; os.fsdecode\(path\) makes text of it"):
+        engine.score(os.fsencode(clips["face"]))  # type: ignore[arg-type]
+
+
+_FORKED = """
+import os, sys, warnings
+warnings.simplefilter("ignore")  # of Python 3.12, for processes with threads
+import dfengine
+engine = dfengine.Engine(sys.argv[2], threads=1)
+assert engine.score(sys.argv[1]).status == "ok"
+if os.fork() == 0:
+    try:
+        engine.score(sys.argv[1])
+    except RuntimeError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+assert engine.score(sys.argv[1]).status == "ok"
+"""
+
+
+def test_an_engine_does_not_hang_after_a_fork(bundle: Path, clips: dict[str, Path]) -> None:
+    command = [sys.executable, "-c", _FORKED, str(clips["face"]), str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.startswith("the engine was made before this process was forked from another; make one in each")

@@ -20,12 +20,17 @@ VIDEO_SUFFIXES = frozenset(
     }
 )  # fmt: skip
 
+# What systems put beside videos, under their names: halves of files (AppleDouble, "._clip.mp4", in archives under
+# __MACOSX), thumbnails (@eaDir, of Synology's storage), wastebaskets (freedesktop.org's .Trash-1000, macOS's .Trashes).
+_COMPANIONS = ("._", ".Trash", "__MACOSX", "@eaDir")
+
 
 def expand_inputs(paths: Iterable[str], *, patterns: bool = True) -> list[str]:
     """Files, folders and (by default) glob patterns -> files, in the order given, of a folder by name.
 
     Nothing is dropped: a folder without videos, an unreadable folder, and a pattern without a match stay in the list,
-    so that each becomes a row that says what is wrong with it. Folders that are links are followed, each once.
+    so that each becomes a row that says what is wrong with it. Folders that are links are followed, each once. What
+    operating systems put beside videos is passed over in folders.
     """
     files: list[str] = []
     for path in paths:
@@ -45,11 +50,16 @@ def _videos_in(folder: str) -> list[str]:
     unreadable: list[OSError] = []
     seen = {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(_COMPANIONS)]
         by_place = {os.path.realpath(os.path.join(root, f)): f for f in sorted(folders, reverse=True)}
         folders[:] = sorted(by_place[place] for place in by_place.keys() - seen)
         seen |= by_place.keys()  # a link may lead to where we have been
-        found += [os.path.join(root, n) for n in sorted(names) if Path(n).suffix.lower() in VIDEO_SUFFIXES]
+        found += [os.path.join(root, n) for n in sorted(names) if _is_video(n)]
     return found + sorted(str(e.filename) for e in unreadable)
+
+
+def _is_video(name: str) -> bool:
+    return Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(_COMPANIONS)
 
 
 @dataclass(frozen=True)
