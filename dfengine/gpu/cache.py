@@ -2,6 +2,9 @@
 
 A file is a line of JSON, which says what the engine was made from and for, and the engine. Its name tells a person
 what is inside; the JSON decides whether it is used.
+
+Only TensorRT's are kept: OpenVINO compiles the default bundle and the detector in 2 s and an Xception in 2.2 s on two
+cores, and a compiled blob would be bound to its exact version and the processor, to save that once a run.
 """
 
 from __future__ import annotations

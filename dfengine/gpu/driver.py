@@ -1,4 +1,7 @@
-"""The GPU's driver, through PyCUDA and cuda-bindings: whether it is there, and what it refuses, as errors of ours."""
+"""The GPU's driver, through PyCUDA and cuda-bindings: whether it is there, and what it refuses, as errors of ours.
+
+PyCUDA has no CUDA graphs, so those few calls go to NVIDIA's cuda-bindings, which torch and CuPy bring along.
+"""
 
 from __future__ import annotations
 
