@@ -12,11 +12,10 @@ import pytest
 from assets import NOBODY, write_bundle, write_clip
 from onnx import TensorProto, helper
 
-from dfengine.bundle import PACKAGED, AudioSettings, Bundle, ModelSpec
-from dfengine.errors import InferenceError
+from dfengine.bundle import PACKAGED, AudioSettings, Bundle, CropSpec, ModelSpec
+from dfengine.errors import InferenceError, first_line
 from dfengine.runtime import CpuDevice
 from dfengine.runtime.contract import check_network
-from dfengine.runtime.openvino import _reason
 
 
 def make_onnx(
@@ -43,7 +42,9 @@ def mean_of(shape: list[object], *, axes: list[int], count: int = 1) -> bytes:
 def bundle_of(folder: Path, data: bytes, **changes: object) -> Bundle:
     (folder / "net.onnx").write_bytes(data)
     sha256 = hashlib.sha256(data).hexdigest()
-    spec = ModelSpec(**{"name": "net", "file": "net.onnx", "sha256": sha256, "input_hw": (8, 6)} | changes)  # type: ignore[arg-type]
+    spec = ModelSpec(
+        **{"name": "net", "file": "net.onnx", "sha256": sha256, "crop": CropSpec(input_hw=(8, 6))} | changes
+    )  # type: ignore[arg-type]
     return Bundle(schema_version=1, name="tiny", licence="MIT", members=(spec,), folder=folder)
 
 
@@ -77,7 +78,8 @@ def test_a_network_that_does_not_compile_says_why(data: bytes, reason: str, tmp_
 
 def test_an_error_of_nothing_but_places_is_quoted_as_it_is() -> None:
     assert (
-        _reason(RuntimeError("Exception from a.cpp:1:\nCheck 'x' failed at b.cpp:2:\n\n")) == "Exception from a.cpp:1:"
+        first_line(RuntimeError("Exception from a.cpp:1:\nCheck 'x' failed at b.cpp:2:\n\n"))
+        == "Exception from a.cpp:1:"
     )
 
 
@@ -96,7 +98,8 @@ def test_an_error_of_nothing_but_places_is_quoted_as_it_is() -> None:
         (mean_of(["n", 3, 8, 6], axes=[2, 3]), {},
          r"has the outputs \(\?, 3\), one of kind 'frame' has \(\?, 1\); .*correct what bundle.json says of it"),
         (mean_of(["n", 3, 8, 6], axes=[1, 2, 3], count=2), {}, r"has the outputs \(\?\) and \(\?\), .* has \(\?, 1\)"),
-        (mean_of(["n", 3, 24, 24], axes=[1, 2, 3], count=2), {"name": "rnet", "kind": "detector", "input_hw": (24, 24)},
+        (mean_of(["n", 3, 24, 24], axes=[1, 2, 3], count=2),
+         {"name": "rnet", "kind": "detector", "crop": CropSpec(input_hw=(24, 24))},
          r"has the outputs \(\?\) and \(\?\), one of kind 'detector' has \(\?\) and \(\?, 4\)"),
     ],
     ids=["size", "layout", "fixed batch", "no clip", "hears nothing", "more than a logit", "two outputs", "detector"],
@@ -111,7 +114,7 @@ def test_a_network_of_another_kind_is_refused(
 
 @pytest.mark.parametrize("outputs", [(None,), (None, 1), (None, 1, 1), (None, None), None])
 def test_one_logit_may_lie_in_any_shape_of_one_number(outputs: tuple[int | None, ...] | None) -> None:
-    spec = ModelSpec(name="net", file="", sha256="", input_hw=(8, 6))
+    spec = ModelSpec(name="net", file="", sha256="", crop=CropSpec(input_hw=(8, 6)))
     check_network("tiny/net", spec, [(None, 3, None, 6)], [outputs])
 
 

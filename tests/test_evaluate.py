@@ -244,7 +244,7 @@ def test_training_scores_as_the_engine_does(rng: np.random.Generator, frames: st
         schema_version=1,
         name="test",
         licence="MIT",
-        members=tuple(ModelSpec(name=n, file=n, sha256="", input_hw=(8, 8), weight=w) for n, w in (("a", 1), ("b", 3))),
+        members=tuple(ModelSpec(name=n, file=n, sha256="", weight=w) for n, w in (("a", 1), ("b", 3))),
         aggregation=Aggregation(frames=frames, members=members, tracks=tracks),
         calibration=Calibration(temperature=2.5, bias=-0.7),
     )
@@ -275,7 +275,6 @@ def make_rows(rng: np.random.Generator, people: int, frames: int) -> Tracks:
     corner, side = rng.uniform(0, 100, (n, 2)), rng.uniform(50, 200, (n, 1))
     return Tracks(
         np.repeat(np.arange(people), frames),
-        np.arange(n),
         np.arange(n),
         np.arange(n) / 25,
         np.concatenate([corner, corner + side], axis=1).astype(np.float32),

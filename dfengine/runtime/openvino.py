@@ -70,9 +70,10 @@ class OpenVinoSession:
                 },
             )
         except RuntimeError as error:
+            says = f"OpenVINO {metadata.version('openvino')} says {first_line(error)!r}"
             raise InferenceError(
-                f"network {name} cannot be compiled: OpenVINO {metadata.version('openvino')} says {_reason(error)!r}; "
-                "export it again, as ONNX of operations that OpenVINO knows",
+                f"network {name} cannot be compiled: {says}; export it again, as ONNX of operations that OpenVINO "
+                "knows",
                 stage="runtime",
             ) from None
         self.inputs, self.outputs = ([_seen(p) for p in ports] for ports in (self._model.inputs, self._model.outputs))
@@ -115,7 +116,7 @@ class OpenVinoSession:
         except RuntimeError as error:
             got = ", ".join(str(x.shape) for x in inputs)
             raise InferenceError(
-                f"network {self.name} failed on a batch of shape {got} ({_reason(error)})",
+                f"network {self.name} failed on a batch of shape {got} ({first_line(error)})",
                 stage="runtime",
             ) from None
         finally:
@@ -124,17 +125,6 @@ class OpenVinoSession:
                     request.wait()
                 self._idle.put(request)
         return results
-
-
-def _reason(error: RuntimeError) -> str:
-    """The line of an error of OpenVINO that tells why.
-
-    Around it are places in OpenVINO's source, headings of what follows, which end with a colon, and the sentence that
-    goes before each report of operations.
-    """
-    lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines()]
-    useful = (s for s in lines if s and not s.endswith(":") and s != "Model wasn't fully converted.")
-    return next(useful, first_line(error))
 
 
 def _seen(port: Any) -> Seen:
