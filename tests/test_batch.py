@@ -397,7 +397,7 @@ def test_a_process_that_never_reads_does_not_stop_its_parent(
     be_python("exec sleep 600", tmp_path, monkeypatch)
     process = Process(Setup(bundle, "cpu", 1, HEAVY))
     try:
-        process.workers[0].give(Task("x", Plan("uniform:8", "reference", ("mean",)), 60))
+        process.workers[0].give(Task("x", Plan(Sampling.parse("uniform:8"), ("mean",)), 60))
         process.flush()
         assert process.has_unsent
         assert process.receive() == []
@@ -422,7 +422,7 @@ def test_what_cannot_be_sent_is_told_by_receive(
     process = Process(Setup(bundle, "cpu", 1, fake_scorers.make))
     try:
         wait_until(lambda: not alive(process.pid))
-        process.workers[0].give(Task("x", Plan("uniform:8", "reference", ("mean",)), 60))
+        process.workers[0].give(Task("x", Plan(Sampling.parse("uniform:8"), ("mean",)), 60))
         process.flush()
         assert not process.has_unsent
         assert process.receive() == [Died("exited with code 3")]
