@@ -214,7 +214,7 @@ def _to_tensor(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 def downscale(x: Tensor, boxes: F32, face_px: float) -> tuple[Tensor, F32]:
     """Scales pictures so that the largest face has ``face_px``; never up."""
-    scale = face_px / float((boxes[:, 2:] - boxes[:, :2]).max())
+    scale = face_px / float(np.max(boxes[:, 2:] - boxes[:, :2]))
     if scale >= 1:
         return x, boxes
     h, w = x.shape[2:]

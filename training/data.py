@@ -387,7 +387,7 @@ def _trim(pictures: Sequence[NDArray[np.uint8]], boxes: F32, crop: CropSpec) -> 
 def _fill_landmarks(faces: FaceTable) -> F32:
     """Landmarks with those seen before in the track where a box was filled in, as the box itself was; (N, 5, 2)."""
     filled = faces.landmarks.copy()
-    for row in np.flatnonzero(np.isnan(filled).any(axis=(1, 2))):
+    for row in np.flatnonzero(np.isnan(filled).any(axis=(1, 2))).tolist():
         if row > 0 and faces.path[row] == faces.path[row - 1] and faces.track[row] == faces.track[row - 1]:
             filled[row] = filled[row - 1]
     return filled

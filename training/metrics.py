@@ -101,7 +101,7 @@ def bootstrap(
     """
     rng = np.random.default_rng(0)
     _, person = np.unique(np.asarray(source_id), return_inverse=True)
-    rows_of = [np.flatnonzero(person == p) for p in range(person.max() + 1)]
+    rows_of = [np.flatnonzero(person == p) for p in range(int(np.max(person)) + 1)]
     return np.array(
         [
             measure(np.concatenate([rows_of[p] for p in rng.integers(len(rows_of), size=len(rows_of))]))

@@ -207,7 +207,7 @@ class Deadline:
         def fits(level: float) -> bool:
             spent = spend(level)[1]
             # Graham's bound for any order of work on several machines.
-            return bool((spent * weights).sum() / workers + (1 - 1 / workers) * spent.max() <= capacity)
+            return bool((spent * weights).sum() / workers + (1 - 1 / workers) * np.max(spent) <= capacity)
 
         levels = np.unique(costs)
         low, high = 0, len(levels)  # levels[:low] fit, levels[high:] do not

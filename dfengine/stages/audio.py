@@ -62,16 +62,20 @@ def decode_mono(path: PathLikeStr, sample_rate: int, limit: int) -> F32:
         try:
             for frame in container.decode(container.streams.audio[0]):
                 for block in resampler.resample(frame):
-                    blocks.append(block.to_ndarray().mean(axis=0))
+                    blocks.append(_mono(block))
                     count += len(blocks[-1])
                 if count >= limit:
                     break
-            blocks += [block.to_ndarray().mean(axis=0) for block in resampler.resample(None)]
+            blocks += [_mono(block) for block in resampler.resample(None)]
         except (av.FFmpegError, ValueError) as error:  # ValueError: the layout or the rate changes on the way
             if count == 0 or may_pass(error):
                 raise
     samples = np.concatenate([np.zeros(0, np.float32), *blocks])[:limit].astype(np.float32)
     return np.nan_to_num(samples, posinf=1.0, neginf=-1.0).astype(np.float32)  # float codecs may hold anything
+
+
+def _mono(block: av.AudioFrame) -> F32:
+    return np.asarray(block.to_ndarray().mean(axis=0), np.float32)
 
 
 def log_mel(samples: F32, settings: AudioSettings) -> F32:

@@ -49,7 +49,7 @@ class _OpenTrack:
         self.gap.clear()
         middle = landmarks.mean(axis=0)
         self._sizes.append(box[2:] - box[:2])
-        self._offsets.append(((box[2:] + box[:2]) / 2 - middle) / self._sizes[-1])
+        self._offsets.append(np.asarray(((box[2:] + box[:2]) / 2 - middle) / self._sizes[-1], np.float32))
         size = np.median(self._sizes, axis=0)  # (2,)
         centre = middle + np.median(self._offsets, axis=0) * size
         self.steady_box = np.concatenate([centre - size / 2, centre + size / 2]).astype(np.float32)
