@@ -346,19 +346,20 @@ def _end_with_parent() -> None:
 # -- looking at it -----------------------------------------------------------------------------------------------------
 
 
-def draw_contact_sheet(
-    table: FaceTable, file: Path, *, columns: int = 12, limit: int = 144, tile_px: int = 120
-) -> None:
-    """One face of each of up to ``limit`` videos, evenly chosen; a red frame is a fake, a green one real."""
+SHEET_COLUMNS, SHEET_FACES, TILE_PX = 12, 144, 120  # 1440 px square at most; chosen by eye
+
+
+def draw_contact_sheet(table: FaceTable, file: Path) -> None:
+    """One face of each of up to SHEET_FACES videos, evenly chosen; a red frame is a fake, a green one real."""
     middle = [rows[len(rows) // 2] for rows in table.rows_by_video().values()]
-    shown = [middle[i] for i in np.linspace(0, len(middle) - 1, min(len(middle), limit)).astype(int)]
-    sheet = PilImage.new("RGB", (columns * tile_px, max(1, -(-len(shown) // columns)) * tile_px), "white")
+    shown = [middle[i] for i in np.linspace(0, len(middle) - 1, min(len(middle), SHEET_FACES)).astype(int)]
+    sheet = PilImage.new("RGB", (SHEET_COLUMNS * TILE_PX, max(1, -(-len(shown) // SHEET_COLUMNS)) * TILE_PX), "white")
     draw = ImageDraw.Draw(sheet)
     for i, row in enumerate(shown):
-        x, y = i % columns * tile_px, i // columns * tile_px
+        x, y = i % SHEET_COLUMNS * TILE_PX, i // SHEET_COLUMNS * TILE_PX
         tile = PilImage.fromarray(table.read_crop(row))
-        tile.thumbnail((tile_px - 8, tile_px - 8))
-        draw.rectangle((x + 1, y + 1, x + tile_px - 2, y + tile_px - 2), fill="red" if table.label[row] else "green")
+        tile.thumbnail((TILE_PX - 8, TILE_PX - 8))
+        draw.rectangle((x + 1, y + 1, x + TILE_PX - 2, y + TILE_PX - 2), fill="red" if table.label[row] else "green")
         sheet.paste(tile, (x + 4, y + 4))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

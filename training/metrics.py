@@ -20,6 +20,9 @@ from dfengine.types import F64
 
 Floats = NDArray[np.floating]
 
+# Groups of the calibration error: few, so that some hundred videos leave dozens in each. Chosen, not measured.
+BINS = 10
+
 
 def auc(labels: Floats, scores: Floats) -> float:
     """Share of (fake, real) pairs in which the fake has the higher score, equal ones half; NaN for a single class."""
@@ -62,11 +65,11 @@ def eer(labels: Floats, scores: Floats) -> float:
     return float(fpr[before] + share * (fpr[after] - fpr[before]))
 
 
-def reliability(labels: Floats, p_fake: Floats, bins: int = 10) -> tuple[F64, F64, NDArray[np.int64]]:
+def reliability(labels: Floats, p_fake: Floats) -> tuple[F64, F64, NDArray[np.int64]]:
     """(mean p_fake, share of fakes, count) in groups of about equal size by p_fake; equal ones stay together."""
     order = np.argsort(p_fake, kind="stable")
     first = np.searchsorted(p_fake[order], p_fake[order])  # of the equal ones
-    group = first * bins // len(order)
+    group = first * BINS // len(order)
     groups = np.split(order, np.flatnonzero(np.diff(group)) + 1)
     return (
         np.array([p_fake[g].mean() for g in groups], np.float64),
@@ -75,9 +78,9 @@ def reliability(labels: Floats, p_fake: Floats, bins: int = 10) -> tuple[F64, F6
     )
 
 
-def calibration_error(labels: Floats, p_fake: Floats, bins: int = 10) -> float:
+def calibration_error(labels: Floats, p_fake: Floats) -> float:
     """ECE: mean distance of probability and frequency over groups of equal size."""
-    p, share, count = reliability(labels, p_fake, bins)
+    p, share, count = reliability(labels, p_fake)
     return float((count * abs(p - share)).sum() / count.sum())
 
 

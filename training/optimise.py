@@ -27,8 +27,8 @@ class TrainSettings:
     weight_decay: float = 0.0
     momentum: float = 0.9  # sgd only
     # cosine falls to min_lr over the run after a warm-up; onecycle is torch's OneCycleLR with lr as its top, a momentum
-    # that stays and an end of its own; plateau
-    # multiplies by plateau_factor after plateau_patience epochs without a better validation log loss.
+    # that stays and an end of its own; plateau multiplies by plateau_factor after plateau_patience epochs without a
+    # better validation log loss.
     schedule: Literal["constant", "cosine", "onecycle", "plateau"] = "constant"
     warm_up: float = 0.0  # share of the run, cosine only
     min_lr: float = 0.0
