@@ -6,7 +6,6 @@ machinery, not the rules.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from dfengine.bundle import Bundle, CropSpec, ModelSpec
 from dfengine.gpu.torch import to_module
+from dfengine.machine import usable_cores
 from dfengine.runtime import CpuDevice
 from dfengine.stages.aggregate import Verdict, judge
 from dfengine.stages.crop import crop_boxes
@@ -46,7 +46,7 @@ class Baseline:
     def __init__(
         self, bundle: Bundle, *, frames: int = 17, min_face_px: float | None = None, device: str = "cpu"
     ) -> None:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(usable_cores())
         self._device = device
         self._threads = 1  # torch has threads of its own
         self._bundle = bundle

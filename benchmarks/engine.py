@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import tempfile
 import threading
@@ -26,6 +25,7 @@ import numpy as np
 from benchmarks.harness import describe_machine, load, save
 from dfengine import Bundle, Engine
 from dfengine.jobs.inputs import VIDEO_SUFFIXES
+from dfengine.machine import usable_cores
 
 FRAMES = 17
 MODES = ("exact", "reference", "keyframe")
@@ -54,7 +54,7 @@ def make_system(system: str, bundle: Bundle) -> ScoreAll:
     if system == FAIR:
         from benchmarks.baseline import FairBaseline
 
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         pool, local = ThreadPoolExecutor(cores), threading.local()
 
         def score(path: Path) -> float | None:
@@ -176,7 +176,7 @@ def time_systems(net: str, folders: dict[str, Path], clips: list[Path], rounds: 
     opponents = [USUAL, FAIR, USUAL_20] if net == "default" else [USUAL, FAIR]
     alone = [f"{mode}, alone" for mode in MODES] if net == "default" else []
     narrow = [f"{mode}, bf16" for mode in MODES[1:]] if "bf16" in folders else []
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     rows: list[dict[str, Any]] = []
     for system in (*opponents, *MODES, *narrow, *alone):
         folder = folders["bf16" if system in narrow else "fp32"]

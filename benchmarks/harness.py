@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dfengine.machine import usable_cores
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("dfengine", "numpy", "av", "openvino", "torch", "torchvision", "facenet-pytorch", "opencv-python-headless")
 
@@ -49,7 +51,7 @@ def describe_machine() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "gpu": _gpu(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

@@ -10,7 +10,6 @@ sample, so it knows how videos differ and nothing of how the whole set differs f
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from benchmarks.nets import make_bundle
 from dfengine import Bundle, Engine
 from dfengine.jobs.deadline import parse_duration
 from dfengine.jobs.inputs import VIDEO_SUFFIXES
+from dfengine.machine import usable_cores
 from dfengine.sampling import Sampling
 from dfengine.types import Plan
 
@@ -85,7 +85,7 @@ def main() -> None:
     limit_hours = parse_duration(args.limit) / 3600
     videos = sorted(p for p in args.videos.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
     videos = [videos[i] for i in np.unique(np.linspace(0, len(videos) - 1, args.sample).round().astype(int))]
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     columns = [(frames, mode) for mode in MODES for frames in FRAMES]
 
     print(f"{args.count} videos in {limit_hours:g} h: {3600 * limit_hours / args.count:.2f} s/video; {cores} cores")
