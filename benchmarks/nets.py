@@ -73,9 +73,3 @@ def _spread_logits(model: nn.Module, side: int) -> None:
     last = model.get_classifier()
     last.weight /= logits.std()
     last.bias.copy_((last.bias - logits.mean()) / logits.std())
-
-
-def member_counts(bundle: Bundle) -> str:
-    """The members of a bundle for a table: "2x xception + 5x efficientnet_b1"."""
-    kinds = [m.name.rsplit("_", 1)[0] for m in bundle.members]
-    return " + ".join(f"{kinds.count(k)}x {k}" for k in dict.fromkeys(kinds))

@@ -20,9 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.gpu.lanes import Gpu, Lane
-
-FakeLane = Lane  # there is only one kind
+from dfengine.gpu.lanes import Gpu
 
 NAME, COMPUTE_CAPABILITY = "Fake GPU", (9, 0)
 
