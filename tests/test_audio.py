@@ -14,7 +14,7 @@ import pytest
 from assets import FACE, NOBODY, write_clip
 
 from dfengine.bundle import AudioSettings
-from dfengine.errors import SourceNotReadable
+from dfengine.errors import SourceNotFound, SourceNotReadable
 from dfengine.stages.audio import decode_mono, load_log_mel, log_mel, mel_filters
 from dfengine.stages.media import open_media
 
@@ -116,7 +116,13 @@ def test_what_cannot_be_decoded_says_so(tmp_path: Path) -> None:
     path = tmp_path / "text.mp4"
     path.write_text("no media")
     assert "the sound cannot be decoded (" in (load_log_mel(path, SETTINGS).missing or "")
-    assert "the sound cannot be decoded (" in (load_log_mel(tmp_path / "gone.mp4", SETTINGS).missing or "")
+
+
+def test_a_file_that_is_gone_is_no_silence(tmp_path: Path) -> None:
+    """Its pictures may be in memory still; a score that heard nothing would be kept for good."""
+    with pytest.raises(SourceNotFound, match="was there and is gone; score it again from where it is now") as caught:
+        load_log_mel(tmp_path / "gone.mp4", SETTINGS)
+    assert caught.value.stage == "audio"
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfengine.bundle import AudioSettings
-from dfengine.errors import first_line
-from dfengine.stages.media import may_pass, open_media, raise_if_it_may_pass
+from dfengine.errors import SourceNotFound, first_line
+from dfengine.stages.media import GONE, may_pass, open_media, raise_if_it_may_pass
 from dfengine.types import F32, F64, PathLikeStr
 
 STAGE = "audio"
@@ -34,10 +34,12 @@ class Sound:
 def load_log_mel(path: PathLikeStr, settings: AudioSettings) -> Sound:
     """The log-mel of the first ``settings.seconds`` of a video's sound. Nothing is raised for what is in the file.
 
-    Raises SourceNotReadable where the file cannot be read now, as decoding does.
+    Raises SourceNotReadable where the file cannot be read now, and SourceNotFound where it is gone, as decoding does.
     """
     try:
         samples = decode_mono(path, settings.sample_rate, int(settings.seconds * settings.sample_rate))
+    except FileNotFoundError:  # av's own is one too
+        raise SourceNotFound(GONE, path=path, stage=STAGE) from None
     except (av.FFmpegError, ValueError, OSError) as error:
         raise_if_it_may_pass(error, path, STAGE)
         return _silence(f"the sound cannot be decoded ({first_line(error)})", settings)

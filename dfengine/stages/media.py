@@ -29,6 +29,9 @@ _PASSING = frozenset(
     {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM}
 )
 
+# Of a SourceNotFound while a file is being scored, which is opened more than once.
+GONE = "the file was there and is gone; score it again from where it is now"
+
 
 def may_pass(error: Exception) -> bool:
     """Whether an error of FFmpeg or the system is the machine's, and the file can be read another time.

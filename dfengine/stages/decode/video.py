@@ -32,7 +32,7 @@ from dfengine.stages.decode.dolby import own_colours
 from dfengine.stages.decode.first_bytes import SEQUENCE_BRANDS, STILL_BRANDS, missing_index
 from dfengine.stages.decode.nal import NalFormat
 from dfengine.stages.decode.streams import choose, passed_over, rank
-from dfengine.stages.media import open_media, raise_if_it_may_pass, reason
+from dfengine.stages.media import GONE, open_media, raise_if_it_may_pass, reason
 from dfengine.types import F64, Frames, Image, PathLikeStr
 
 STAGE = "decode"
@@ -135,9 +135,7 @@ class Video:
             try:
                 container = undo.enter_context(open_media(self.path))
             except FileNotFoundError:  # av's own is one too
-                raise SourceNotFound(
-                    "the file was there and is gone; score it again from where it is now", path=self.path, stage="open"
-                ) from None
+                raise SourceNotFound(GONE, path=self.path, stage="open") from None
             except (av.FFmpegError, OSError) as error:  # OSError: where the name is none for FFmpeg
                 raise_if_it_may_pass(error, self.path, "open")
                 if why := missing_index(self.path):
