@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -575,6 +577,25 @@ def test_titles_that_are_not_utf8_are_no_damage(made: MakeClip, tmp_path: Path) 
     assert path.read_bytes() != data
     frames, _, _ = decode(path, "uniform:5")
     assert len(frames) == 5
+
+
+@pytest.mark.parametrize(
+    ("version", "asked"), [("18.1.0", {"metadata_errors": "replace"}), ("19.0.0", {}), ("20.1.0rc1", {})]
+)
+def test_pyav_is_given_arguments_that_its_version_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, asked: dict[str, str]
+) -> None:
+    """Version 19 refuses metadata_errors, and then nothing at all could be opened."""
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr(av, "__version__", version)
+    monkeypatch.setattr(av, "open", lambda source, **arguments: given.append(arguments) or io.BytesIO())
+    spec = importlib.util.find_spec("dfengine.stages.media")
+    media = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(media)
+    with media.open_media(tmp_path / "a.mp4"):
+        pass
+    del given[0]["options"]
+    assert given == [asked]
 
 
 # -- real clips --------------------------------------------------------------------------------------------------------
