@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from training import evaluate, export, scoring, train
 from training.calibration import VideoLogits, fit_calibration
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, ExportError, TrainingError
-from training.report import NUMBERS, measure, print_report, read_evaluation
+from training.report import NUMBERS, measure, print_report, read_evaluation, write_report
 from training.table import FaceTable
 
 RECIPE = """
@@ -120,6 +122,24 @@ def test_the_files(report: tuple[dict, Path], capsys: pytest.CaptureFixture[str]
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("roc.png", "reliability.png"))
     print_report(found)
     assert "log loss" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_the_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former = tmp_path / "evaluation.json"
+    former.write_text("former")
+
+    def fill_the_disk(path: Path, text: str, **options: object) -> None:
+        with path.open("w") as file:
+            file.write(text[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_report({"split": "test"}, None, Calibration(), tmp_path)  # type: ignore[arg-type] # not come to
+    assert former.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [former]
 
 
 def predictions(table: FaceTable, trained: scoring.Trained, split: str) -> scoring.Predictions:
@@ -373,6 +393,19 @@ def test_what_cannot_be_exported_leaves_nothing(
     with pytest.raises(ExportError, match=r"photo: there is something that is no bundle; give another folder"):
         export.export(checkpoints, tmp_path / "photo", faces=faces, videos=[video])
     assert [p.name for p in tmp_path.iterdir()] == ["photo"]
+
+
+def test_a_bundle_is_there_until_another_takes_its_place(tmp_path: Path) -> None:
+    new, out, former = tmp_path / "new", tmp_path / "bundle", tmp_path / "former"
+    out.mkdir()
+    (out / "bundle.json").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        export.replace_folder(new, out, former=former)
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    new.mkdir()
+    export.replace_folder(new, out, former=former)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "former"]
+    assert list(out.iterdir()) == []
 
 
 def test_members_of_different_bundles(checkpoints: list[Path], tmp_path: Path) -> None:

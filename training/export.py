@@ -82,10 +82,20 @@ def export(
         for t in trained:
             check_logits(t, bundle, table)
         check_engine(trained, bundle, videos, Path(scratch))
-        if out.exists():
-            out.rename(Path(scratch) / "former")
-        folder.rename(out)
+        replace_folder(folder, out, former=Path(scratch) / "former")
     return Bundle.load(out)
+
+
+def replace_folder(new: Path, out: Path, *, former: Path) -> None:
+    """Moves ``new`` to ``out`` and what is there to ``former``; if that fails, what was there stays."""
+    if out.exists():
+        out.rename(former)
+    try:
+        new.rename(out)
+    except BaseException:
+        if former.exists():
+            former.rename(out)
+        raise
 
 
 def write_onnx(trained: Trained, folder: Path) -> ModelSpec:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dfengine.bundle import Calibration
+from dfengine.files import replacing
 from dfengine.settings import from_plain
 from dfengine.types import I64
 
@@ -163,8 +164,10 @@ def make_report(
 def write_report(report: Mapping[str, Any], scored: Scored, calibration: Calibration, out: Path) -> None:
     """Writes evaluation.json, predictions.csv, roc.png and reliability.png."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(out / "evaluation.json") as partial:  # training.export takes the calibration from it
+        partial.write_text(text, encoding="utf-8")
+    with replacing(out / "predictions.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["video", "label", "source_id", "dataset", "logit", "p_fake", "sharpness"])
         columns = (scored.video, scored.label, scored.source_id, scored.dataset)

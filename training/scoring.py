@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfengine.bundle import SCHEMA_VERSION, Bundle, ModelSpec
+from dfengine.bundle import SCHEMA_VERSION, Bundle, Calibration, ModelSpec
 from dfengine.stages.aggregate import PooledTracks, pool_rows
 from dfengine.stages.audio import load_log_mel
 from dfengine.types import F32, F64, I64, Tracks
@@ -241,7 +241,13 @@ def make_tracks(faces: FaceTable, rows: I64) -> Tracks:
     return Tracks(part.track, part.index, part.pts_seconds, part.box, part.landmarks, part.confidence, detected)
 
 
-def make_bundle(trained: Sequence[Trained], members: Sequence[ModelSpec], **fields: Any) -> Bundle:
+def make_bundle(
+    trained: Sequence[Trained],
+    members: Sequence[ModelSpec],
+    *,
+    calibration: Calibration | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Bundle:
     """The bundle of some checkpoints. Raises CheckpointError if they do not belong together."""
     settings = trained[0].recipe.bundle
     for other in trained[1:]:
@@ -256,6 +262,7 @@ def make_bundle(trained: Sequence[Trained], members: Sequence[ModelSpec], **fiel
     return Bundle(
         schema_version=SCHEMA_VERSION,
         members=tuple(members),
+        calibration=calibration or Calibration(),
+        provenance=provenance or {},
         **{k: getattr(settings, k) for k in settings.__dataclass_fields__},
-        **fields,
     )
