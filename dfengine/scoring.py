@@ -1,4 +1,4 @@
-"""One video on the main path: path -> Frames -> Faces -> Tracks -> Crops -> logits -> VideoScore."""
+"""One video on the main path: path -> Frames -> Faces -> Tracks -> crops -> logits -> VideoScore."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class Shared:
 
 @dataclass(kw_only=True)
 class Draft:
-    """A VideoScore on the way: filled stage by stage, so that a failed video tells how far it got. Fields are its."""
+    """A VideoScore on the way: filled stage by stage, so that a failed video tells how far it got.
+
+    Its fields are VideoScore's; ``sampling`` is the text of a policy.
+    """
 
     path: str
     sampling: str

@@ -86,7 +86,7 @@ class NvdecPool:
         self.size = size if size is not None else max(1, SESSIONS_PER_ENGINE * self.engines)
 
     def decoder(self, lane: Lane) -> NvdecDecoder:
-        """See stages.decode.video.DecoderPool."""
+        """See dfengine.stages.decode.decoder.DecoderPool."""
         return NvdecDecoder(lane, self)
 
     def capabilities(self, codec: str, bit_depth: int) -> dict[str, int]:

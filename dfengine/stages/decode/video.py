@@ -1,6 +1,7 @@
 """One open video: what is in the file, which packets are decoded for which times, and which frame stands for each.
 
-Decoding itself is a PacketDecoder's: on the CPU (cpu.py) or by NVDEC (nvdec.py).
+Decoding itself is a PacketDecoder's: on the CPU (cpu.py) or by NVDEC (gpu/nvdec.py). A picture is the
+decoder's own object; an Image is what the other stages take.
 """
 
 from __future__ import annotations
